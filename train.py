@@ -462,7 +462,8 @@ def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0][:100]})")
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
+        raise UsageError(f"{path} is not a whole checkpoint ({reason})")
     if not isinstance(state, dict) or state.get("format") != 1:
         raise UsageError(f"{path} is not a checkpoint of train.py")
     return state
@@ -707,7 +708,7 @@ def train_tokenizer(args):
         bar.update()
         final = done == args.steps
         row = {"step": done}
-        if done % args.log_every == 0 or final:
+        if done % args.log_every == 0:
             log.check(done)
             rate = (done - clock_step) * args.batch_size / (time.perf_counter() - clock)
             clock, clock_step = time.perf_counter(), done
