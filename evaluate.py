@@ -16,7 +16,6 @@ import json
 import math
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +26,8 @@ from tqdm import tqdm
 
 from fsq import CodeUsage
 from tokenizer import psnr
-from train import (CACHE, UsageError, build_tokenizer, draw_reconstructions, fail, load_checkpoint, load_lpips, open_images,
-                   pick_device, pick_dtype, plain_args, start_processes, to_float, to_uint8)
+from train import (CACHE, UsageError, build_tokenizer, draw_reconstructions, fail, load_checkpoint, load_lpips, load_weights,
+                   open_images, plain_args, start_processes, to_float, to_uint8)
 
 METRICS = ("psnr", "ssim", "lpips", "codes")
 
@@ -89,14 +88,12 @@ def try_lpips(args, image_size, device):
 
 
 @torch.no_grad()
-def evaluate_tokenizer(path, args, rank, world, device):
+def evaluate_tokenizer(path, checkpoint, args, processes):
     """The report of one tokenizer checkpoint, a dictionary; also draws OUT/NAME.png."""
-    checkpoint = load_checkpoint(path)
+    rank, world, device, _ = processes
     trained = checkpoint["args"]
     model = build_tokenizer(trained).to(device, memory_format=torch.channels_last).eval()
-    model.load_state_dict(checkpoint[args.weights])
-    dtype = pick_dtype(args.dtype, device)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    load_weights(model, checkpoint[args.weights], path)
     data, size = args.data or trained["data"], trained["image_size"]
     images = open_images(data, args.split, size, skip_bad=args.skip_bad_images)
     chosen = torch.linspace(0, len(images) - 1, min(args.num_samples or len(images), len(images))).round().long()
@@ -110,7 +107,7 @@ def evaluate_tokenizer(path, args, rank, world, device):
     seconds = 0.0
     for part, (x, _) in zip(mine.split(args.batch_size), tqdm(loader, desc=str(path), disable=None if rank == 0 else True)):
         begin = time.perf_counter()
-        with autocast():
+        with processes.autocast():
             z, indices = model.encode(to_float(x, device))
             y = to_uint8(model.decode(z)).cpu()                                         # .cpu() waits for the device
         seconds += time.perf_counter() - begin
@@ -120,15 +117,12 @@ def evaluate_tokenizer(path, args, rank, world, device):
             scores[part, 2] = lpips(to_float(x, device), to_float(y, device)).cpu().double()
         if usage:
             usage.update(indices)
-    if world > 1:  # each image's row is non-zero in one process only, so the sum is exact
-        scores = scores.to(device, exact)
-        dist.all_reduce(scores)
-        scores = scores.cpu()
-        if usage:
-            usage.all_reduce()
+    scores = processes.sum(scores.to(exact))  # each image's row is non-zero in one process only, so the sum is exact
+    if usage and world > 1:
+        usage.all_reduce()
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        draw_reconstructions(args.out / f"{report_name(path)}.png", model, images, device, autocast)
+        draw_reconstructions(args.out / f"{report_name(path)}.png", model, images, processes)
 
     bits = model.bits_per_image(*size)
     means = scores.mean(0).tolist()
@@ -170,10 +164,12 @@ def print_table(rows):
 
 
 def evaluate(args):
-    rank, world, device = start_processes(args)
+    processes = start_processes(args)
+    rank = processes.rank
     reports = []
     for path in args.checkpoints:
-        report = evaluate_tokenizer(path, args, rank, world, device)
+        checkpoint = load_checkpoint(path)
+        report = evaluate_tokenizer(path, checkpoint, args, processes)
         reports.append(report)
         if rank == 0:
             (args.out / f"{report_name(path)}.json").write_text(json.dumps(report, indent=1))

@@ -1,18 +1,19 @@
-"""Train the tokenizer: from a folder of images to a checkpoint, on one laptop core or on many GPUs.
+"""Train it: the tokenizer, then LlamaGen or DiT on its tokens, on one laptop core or on many GPUs.
 
-    image file --Images--> x (B,3,H,W) uint8 --Tokenizer--> reconstruction, loss --> OUT/ckpt.pt, log.csv, reconstructions.png
+    image file --Images--> x (B,3,H,W) --Tokenizer--> OUT/tokenizer/ckpt.pt --Tokens (a cache of integers)--> LlamaGen | DiT
 
 Each of these runs as it is:
 
-    python train.py --model tokenizer                                    # built-in images, minutes on a CPU
-    python train.py --model tokenizer --data cifar10
-    python train.py --model tokenizer --data DIR --image-size 256 --size paper --downsample 16
-    torchrun --nproc_per_node=8 train.py --model tokenizer --data DIR --image-size 256 --size paper
-    python train.py --model tokenizer --out out/tokenizer-shapes --resume # goes on where it stopped
+    python train.py                                                      # tokenizer + LlamaGen on built-in images, on a CPU
+    python train.py --model dit --tokenizer out/llamagen-shapes/tokenizer/ckpt.pt
+    torchrun --nproc_per_node=8 train.py --model llamagen
+    python train.py --model tokenizer --data cifar10 --downsample 4
+    python train.py --model tokenizer --data DIR --image-size 256 --size paper
+    python train.py --resume                                             # goes on where it stopped
 
 DIR holds one folder per class, or DIR/train and DIR/val of such, or just images. A run is a pure function of its arguments:
 the images of step s and their crops come from (seed, s), all other noise from (seed, s, rank), so that nothing but the step
-has to be remembered to continue. The recipe is that of arXiv 2601.17124 and its public code (`--size paper`).
+has to be remembered to continue. The recipe is that of arXiv 2601.17124 and its public code for every size but nano.
 """
 import argparse
 import contextlib
@@ -20,40 +21,53 @@ import copy
 import csv
 import hashlib
 import itertools
+import json
 import math
 import os
 import pickle
+import shutil
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
+import dit
+import llamagen
 from fsq import CodeUsage
 from tokenizer import (LPIPS, QUANTIZERS, PatchDiscriminator, Tokenizer, adversarial_loss, discriminator_loss, psnr,
                        reconstruction_loss)
 
 CACHE = Path(os.environ.get("IFSQ_CACHE", Path.home() / ".cache" / "ifsq"))  # downloads go here, and are looked for here
 
-# The defaults of the flags that --size decides. `multipliers` lists the widths from the full resolution down, of which
-# --downsample f takes the first log2(f) + 1.
-PRESETS = {
-    "tokenizer": {
-        "nano": dict(hidden=32, multipliers=[1, 2, 2, 4, 4, 4], num_res_blocks=1, image_size=[32], downsample=4, steps=3000,
-                     batch_size=64, lr=1e-3, ema_decay=0.995, warmup=100, perceptual_weight=0.0, disc_start=-1, disc_layers=3),
-        "paper": dict(hidden=128, multipliers=[1, 1, 2, 4, 4, 4], num_res_blocks=2, image_size=[256], downsample=16, steps=500_000,
-                      batch_size=128, lr=1e-4, ema_decay=0.999, warmup=0, perceptual_weight=1.0, disc_start=50_000, disc_layers=4),
-    },
+# The defaults of the flags that --size decides. First the tokenizer's own: `multipliers` lists the widths from the full
+# resolution down, of which --downsample f takes the first log2(f) + 1. Then the schedule of each model.
+TOKENIZERS = {
+    "nano": dict(hidden=32, multipliers=[1, 2, 2, 4, 4, 4], num_res_blocks=1, image_size=[32], downsample=8, perceptual_weight=0.0,
+                 disc_start=-1, disc_layers=3),
+    "paper": dict(hidden=128, multipliers=[1, 1, 2, 4, 4, 4], num_res_blocks=2, image_size=[256], downsample=16, perceptual_weight=1.0,
+                  disc_start=50_000, disc_layers=4),
 }
+SCHEDULES = {
+    ("tokenizer", "nano"): dict(steps=2000, batch_size=16, lr=2e-3, weight_decay=0.0, warmup=50, ema_decay=0.995),
+    ("tokenizer", "paper"): dict(steps=500_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0, ema_decay=0.999),
+    ("llamagen", "nano"): dict(steps=1500, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=100, ema_decay=0.99, dropout=0.0),
+    ("llamagen", "paper"): dict(steps=250_000, batch_size=256, lr=1e-4, weight_decay=0.05, warmup=0, ema_decay=0.9999, dropout=0.1),
+    ("dit", "nano"): dict(steps=1500, batch_size=64, lr=1e-3, weight_decay=0.0, warmup=100, ema_decay=0.99),
+    ("dit", "paper"): dict(steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0, ema_decay=0.9999),
+}
+SIZES = {"tokenizer": list(TOKENIZERS), "llamagen": list(llamagen.SIZES), "dit": list(dit.SIZES)}
 # Flags that may differ from those of the run that --resume continues: none of them changes what a step computes.
-HARMLESS = {"out", "resume", "steps", "num_workers", "save_every", "eval_every", "log_every", "compile", "device"}
+HARMLESS = {"out", "resume", "steps", "num_workers", "save_every", "eval_every", "log_every", "compile", "device", "cache_dir",
+            "tokenizer", "pretrained", "grad_checkpoint"}
 
 
 class UsageError(Exception):
@@ -65,66 +79,102 @@ class UsageError(Exception):
 
 def parse_args(argv=None):
     """The command line as a namespace, with the defaults of the chosen size filled in."""
-    presets = lambda name: ", ".join(f"{size} {p[name]}" for size, p in PRESETS["tokenizer"].items())
+    tokenizer = lambda name: " ".join(f"{size} {preset[name]}" for size, preset in TOKENIZERS.items()).translate({91: None, 93: None})
+    schedule = lambda name: ", ".join(f"{model} {size} {preset[name]}" for (model, size), preset in SCHEDULES.items() if name in preset)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--model", choices=["tokenizer"], default="tokenizer", help="what to train (default: tokenizer)")
-    add("--size", choices=["nano", "paper"], help="preset of architecture and schedule (default: paper with a GPU, else nano)")
+    add("--model", choices=list(SIZES), default="llamagen", help="what to train (default: llamagen)")
+    add("--size", help="; ".join(f"{model}: {' '.join(sizes)}" for model, sizes in SIZES.items())
+        + " (default: nano without a GPU, else L, tokenizer paper). nano has a schedule of its own, all others the paper's")
 
-    add("--data", default="shapes", metavar="{shapes,cifar10,DIR}", help="built-in drawings, CIFAR-10 (downloaded), or a folder: of "
-        "class folders, of train/ and val/ with class folders, or of images (default: shapes)")
-    add("--image-size", type=int, nargs="+", metavar="PX", help=f"side of the square crop, or height and width, pixels (default: {presets('image_size')})")
-    add("--num-workers", type=int, metavar="N", help="processes that decode images (default: 8 a GPU, 0 on the CPU)")
-    add("--skip-bad-images", action="store_true", help="read every image once at the start, and leave out and count the unreadable ones")
+    group = parser.add_argument_group("data").add_argument
+    group("--data", default="shapes", metavar="{shapes,cifar10,DIR}", help="built-in drawings, CIFAR-10 (downloaded), or a folder: of "
+          "class folders, of train/ and val/ with class folders, or of images (default: shapes)")
+    group("--image-size", type=int, nargs="+", metavar="PX", help=f"side of the square crop, or height and width, pixels (default: {tokenizer('image_size')})")
+    group("--unconditional", action="store_true", help="forget the classes: the generator learns all images as one class")
+    group("--num-workers", type=int, metavar="N", help="processes that decode images (default: 8 a GPU, 0 on the CPU)")
+    group("--skip-bad-images", action="store_true", help="read every image once at the start, and leave out and count the unreadable ones")
 
-    add("--quantizer", choices=QUANTIZERS, default="ifsq", help="bottleneck (default: ifsq)")
-    add("--levels", type=int, nargs="+", default=[17] * 4, metavar="L", help="code values of each latent channel; their number is "
-        "the number of channels for every bottleneck (default: 17 17 17 17)")
-    add("--alpha", type=float, help="slope of the quantizer's sigmoid (default: 1.6 for ifsq, 2.0 for fsq)")
-    add("--edges", choices=["half", "full"], default="half", help="outer bins half as wide, as in the paper, or as wide as the others (default: half)")
-    add("--codebook-size", type=int, metavar="N", help="vectors of the vq codebook (default: the product of the levels)")
-    add("--downsample", type=int, metavar="F", help=f"image side over latent side, a power of 2 (default: {presets('downsample')})")
+    group = parser.add_argument_group("tokenizer").add_argument
+    group("--tokenizer", metavar="CKPT", help="trained tokenizer for a generator, which replaces the flags below "
+          "(default: OUT/tokenizer/ckpt.pt, trained first as far as it is missing)")
+    group("--tokenizer-steps", type=int, metavar="N", help="steps of that first stage (default: those of --model tokenizer)")
+    group("--quantizer", choices=QUANTIZERS, default="ifsq", help="bottleneck (default: ifsq)")
+    group("--levels", type=int, nargs="+", default=[17] * 4, metavar="L", help="code values of each latent channel; their number is "
+          "the number of channels for every bottleneck (default: 17 17 17 17)")
+    group("--alpha", type=float, help="slope of the quantizer's sigmoid (default: 1.6 for ifsq, 2.0 for fsq)")
+    group("--edges", choices=["half", "full"], default="half", help="outer bins half as wide, as in the paper, or as wide as the others (default: half)")
+    group("--codebook-size", type=int, metavar="N", help="vectors of the vq codebook (default: the product of the levels)")
+    group("--downsample", type=int, metavar="F", help=f"image side over latent side, a power of 2 (default: {tokenizer('downsample')})")
+    group("--perceptual-weight", type=float, metavar="W", help=f"weight of LPIPS in the loss (default: {tokenizer('perceptual_weight')})")
+    group("--vae-weight", type=float, default=1e-6, metavar="W", help="weight of the vae's KL, nats an image (default: 1e-6)")
+    group("--disc-start", type=int, metavar="STEP", help=f"step from which the discriminator plays, -1 never (default: {tokenizer('disc_start')})")
+    group("--disc-weight", type=float, default=0.5, metavar="W", help="weight of the adversarial loss before its adaptive weight (default: 0.5)")
+    group("--disc-layers", type=int, metavar="N", help=f"depth of the discriminator: 4 needs images of 48 px, 3 of 24 px (default: {tokenizer('disc_layers')})")
 
-    add("--perceptual-weight", type=float, metavar="W", help=f"weight of LPIPS in the loss (default: {presets('perceptual_weight')})")
-    add("--vae-weight", type=float, default=1e-6, metavar="W", help="weight of the vae's KL, nats an image (default: 1e-6)")
-    add("--disc-start", type=int, metavar="STEP", help=f"step from which the discriminator plays, -1 never (default: {presets('disc_start')})")
-    add("--disc-weight", type=float, default=0.5, metavar="W", help="weight of the adversarial loss before its adaptive weight (default: 0.5)")
-    add("--disc-layers", type=int, metavar="N", help=f"depth of the discriminator: 4 needs images of 48 px, 3 of 24 px (default: {presets('disc_layers')})")
+    group = parser.add_argument_group("generator").add_argument
+    group("--token-groups", type=int, metavar="G", help="digits that LlamaGen cuts a token into (default: the fewest that keep each "
+          "digit's vocabulary within 4096, so 17 17 17 17 becomes 2 x 289)")
+    group("--patch-size", type=int, default=1, metavar="P", help="side of DiT's patches, latent positions (default: 1)")
+    group("--dropout", type=float, metavar="P", help=f"dropout of LlamaGen (default: {schedule('dropout')})")
+    group("--class-dropout", type=float, default=0.1, metavar="P", help="share of labels hidden in training, for guidance (default: 0.1)")
+    group("--crops", type=int, default=1, metavar="N", help="crops of each image in the token cache: the centre and N - 1 random "
+          "ones, each with its mirror image (default: 1)")
+    group("--cache-dir", type=Path, default=Path("out/cache"), metavar="DIR", help="folder of the token caches (default: %(default)s)")
+    group("--grad-checkpoint", action="store_true", help="recompute each layer in the backward pass: less memory, a third more time")
 
-    add("--steps", type=int, help=f"optimiser steps in all (default: {presets('steps')})")
-    add("--batch-size", type=int, metavar="B", help=f"images a step, over all processes (default: {presets('batch_size')})")
-    add("--grad-accum", type=int, default=1, metavar="N", help="parts in which each process works through its share of the batch (default: 1)")
-    add("--lr", type=float, help=f"AdamW learning rate, constant after the warm-up (default: {presets('lr')})")
-    add("--weight-decay", type=float, default=0.0, help="AdamW weight decay (default: 0)")
-    add("--warmup", type=int, metavar="STEPS", help=f"steps over which the learning rate rises linearly (default: {presets('warmup')})")
-    add("--grad-clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm, 0 for no limit (default: 1.0)")
-    add("--ema-decay", type=float, help=f"decay of the averaged weights, which are the ones evaluated (default: {presets('ema_decay')})")
-    add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="arithmetic of the networks; the weights stay fp32 "
-        "(default: auto = bf16 where the hardware has it)")
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
+    group = parser.add_argument_group("training").add_argument
+    group("--steps", type=int, help=f"optimiser steps in all (default: {schedule('steps')})")
+    group("--batch-size", type=int, metavar="B", help=f"images a step, over all processes (default: {schedule('batch_size')})")
+    group("--grad-accum", type=int, default=1, metavar="N", help="parts in which each process works through its share of the batch (default: 1)")
+    group("--lr", type=float, help=f"AdamW learning rate, constant after the warm-up (default: {schedule('lr')})")
+    group("--weight-decay", type=float, metavar="W", help=f"AdamW weight decay (default: {schedule('weight_decay')})")
+    group("--warmup", type=int, metavar="STEPS", help=f"steps over which the learning rate rises linearly (default: {schedule('warmup')})")
+    group("--grad-clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm, 0 for no limit (default: 1.0)")
+    group("--ema-decay", type=float, metavar="D", help=f"decay of the averaged weights, which are the ones evaluated (default: {schedule('ema_decay')})")
+    group("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="arithmetic of the networks; the weights stay fp32 "
+          "(default: auto = bf16 where the hardware has it)")
+    group("--compile", action="store_true", help="torch.compile the network")
+    group("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
+    group("--seed", type=int, default=0, help="default: 0")
 
-    add("--out", type=Path, metavar="DIR", help="folder of checkpoint, log and pictures (default: out/MODEL-DATA)")
-    add("--resume", nargs="?", const="OUT", metavar="CKPT", help="continue from CKPT, or from OUT/ckpt.pt without an argument")
-    add("--init-from", metavar="CKPT", help="start a new run from the weights of CKPT")
-    add("--pretrained", type=Path, default=CACHE, metavar="DIR", help="folder of pretrained weights: where they are looked for, and downloaded to (default: %(default)s)")
-    add("--save-every", type=int, default=1000, metavar="STEPS", help="default: 1000")
-    add("--eval-every", type=int, default=500, metavar="STEPS", help="validation and picture (default: 500)")
-    add("--log-every", type=int, default=50, metavar="STEPS", help="a row in log.csv, means since the last (default: 50)")
-    add("--seed", type=int, default=0, help="default: 0")
+    group = parser.add_argument_group("files").add_argument
+    group("--out", type=Path, metavar="DIR", help="folder of checkpoint, log and pictures (default: out/MODEL-DATA)")
+    group("--resume", nargs="?", const="OUT", metavar="CKPT", help="continue from CKPT, or from OUT/ckpt.pt without an argument")
+    group("--init-from", metavar="CKPT", help="start a new run from the averaged weights of CKPT")
+    group("--pretrained", type=Path, default=CACHE, metavar="DIR", help="folder of pretrained weights: where they are looked for, and downloaded to (default: %(default)s)")
+    group("--save-every", type=int, default=1000, metavar="STEPS", help="default: 1000")
+    group("--eval-every", type=int, default=250, metavar="STEPS", help="validation and picture (default: 250)")
+    group("--log-every", type=int, default=50, metavar="STEPS", help="a row in log.csv, means since the last (default: 50)")
     args = parser.parse_args(argv)
 
-    args.size = args.size or ("paper" if pick_device(args.device).type == "cuda" else "nano")
-    for name, value in PRESETS[args.model][args.size].items():
+    args.size = args.size or ("nano" if pick_device(args.device).type == "cpu" else "paper" if args.model == "tokenizer" else "L")
+    if args.size not in SIZES[args.model]:
+        raise UsageError(f"--model {args.model} has no --size {args.size}: choose from {' '.join(SIZES[args.model])}")
+    if args.tokenizer:
+        inherit(args, load_checkpoint(args.tokenizer)["args"])
+    preset = "nano" if args.size == "nano" else "paper"
+    for name, value in {**TOKENIZERS[preset], **SCHEDULES[args.model, preset]}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.out = args.out or Path("out") / f"{args.model}-{Path(args.data).name}"
+    for name in ("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "crops", "patch_size"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     check_args(args)
     return args
 
 
+def inherit(args, tokenizer):
+    """Replace the tokenizer's flags in `args` by those that it was trained with; its image size is only a default."""
+    for name in (*TOKENIZERS["nano"], "quantizer", "levels", "alpha", "edges", "codebook_size"):
+        if name != "image_size" or args.image_size is None:
+            setattr(args, name, tokenizer[name])
+    check_args(args)
+
+
 def check_args(args):
-    """Raise UsageError for values that cannot work, before anything is read or written."""
+    """Raise UsageError for sizes that do not fit together, before anything is read or written."""
     if len(args.image_size) > 2 or min(args.image_size) < 1:
         raise UsageError(f"--image-size takes one side or height and width in pixels, not {args.image_size}")
     args.image_size = [args.image_size[0], args.image_size[-1]]
@@ -136,9 +186,8 @@ def check_args(args):
     needed = {4: 48, 3: 24}.get(args.disc_layers, 16)
     if args.disc_start >= 0 and min(args.image_size) < needed:
         raise UsageError(f"a discriminator of {args.disc_layers} layers needs images of {needed} px: lower --disc-layers or set --disc-start -1")
-    for name in ("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.model == "llamagen" and args.quantizer in ("vae", "ae"):
+        raise UsageError(f"--model llamagen predicts integers, which the {args.quantizer} tokenizer does not have: use --model dit or another --quantizer")
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -273,25 +322,32 @@ def crop(image, size, place=(0.5, 0.5), flip=False):
 
 
 class Images(Dataset):
-    """Crops of a source of (PIL image, class): [index] is the centre crop, [index, epoch] a random crop, maybe flipped.
+    """Crops of a source of (PIL image, class) as (x (3,H,W) uint8, class).
 
-    Items are (x (3,H,W) uint8, class). The random crop depends on (seed, epoch, index) alone, whichever process makes it.
+    [index] is the centre crop; [index, epoch] a random crop, mirrored half of the time, for training. It depends on
+    (seed, epoch, index) alone, whichever process makes it.
     """
 
     def __init__(self, source, image_size, seed=0):
-        self.source, self.image_size, self.seed, self.classes = source, image_size, seed, source.classes
+        self.source, self.image_size, self.seed, self.classes = source, list(image_size), seed, source.classes
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, key):
-        if isinstance(key, tuple):
-            index, epoch = key
-            across, down, mirror = np.random.default_rng([self.seed, epoch, index]).random(3)
-            image, label = self.source[index]
-            return crop(image, self.image_size, (across, down), mirror < 0.5), label
-        image, label = self.source[key]
-        return crop(image, self.image_size), label
+        index, epoch = key if isinstance(key, tuple) else (key, None)
+        image, label = self.source[index]
+        if epoch is None:
+            return crop(image, self.image_size), label
+        across, down, mirror = np.random.default_rng([self.seed, epoch, index]).random(3)
+        return crop(image, self.image_size, (across, down), mirror < 0.5), label
+
+    def view(self, index, number):
+        """One of the fixed views that the token cache holds: even numbers as they are, odd ones mirrored; 0 and 1 show the
+        centre, 2 and 3 a first random crop, and so on."""
+        place = np.random.default_rng([self.seed, number // 2, index]).random(2) if number > 1 else (0.5, 0.5)
+        image, label = self.source[index]
+        return crop(image, self.image_size, place, number % 2 == 1), label
 
 
 def open_images(data, split, image_size, seed=0, skip_bad=False):
@@ -381,30 +437,62 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The dtype of autocast; auto is bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32."""
+    """The dtype of autocast; auto is bf16 where the hardware multiplies matrices of it, fp16 on older GPUs, else fp32.
+
+    A CPU needs AMX for that: with AVX-512 alone a bf16 step takes up to twice as long as an fp32 one.
+    """
     if name == "auto" and device.type == "cpu":
-        name = "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
+        name = "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
     elif name == "auto":
         name = "fp32" if device.type == "mps" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
+class Processes(NamedTuple):
+    """Who this process is among those that torchrun started, and how it computes."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, tensor):
+        """The sum of `tensor` over all processes, on the CPU."""
+        if self.world > 1:
+            tensor = tensor.to(self.device)
+            dist.all_reduce(tensor)
+        return tensor.cpu()
+
+    def wrap(self, net, **kwargs):
+        """`net` with its gradients averaged over the processes."""
+        if self.world == 1:
+            return net
+        local = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(net, device_ids=local, **kwargs)
+
+
 def start_processes(args):
-    """(rank, world size, device) of this process; joins the others if torchrun started it, else it is alone."""
+    """Join the processes that torchrun started, if it did. Returns Processes."""
     device = pick_device(args.device)
-    if "RANK" not in os.environ:
-        return 0, 1, device
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+        device = torch.device("cuda", torch.cuda.current_device())
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return Processes(rank, world, device, pick_dtype(args.dtype, device))
 
 
-def seed_step(*key):
-    """Seed torch's global generators from integers, say (seed, step, rank): the same key, the same noise, at any time."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def seed_of(*key):
+    """A seed of 63 bits from integers, say (seed, step, rank). Different keys give unrelated seeds."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
 def fetch(name, folder):
@@ -469,12 +557,12 @@ def load_checkpoint(path):
     return state
 
 
-def check_resume(args, saved, path):
-    """Raise UsageError, naming each, if flags that change the computation differ from those of the saved run."""
-    now = plain_args(args)
-    changed = [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in now.items() if k not in HARMLESS and saved.get(k) != v]
+def check_resume(args, saved):
+    """Raise UsageError, naming each, if flags that change the computation differ from those in the checkpoint `saved`."""
+    was, now = saved["args"], plain_args(args)
+    changed = [f"--{k.replace('_', '-')} was {was.get(k)}, is {v}" for k, v in now.items() if k not in HARMLESS and was.get(k) != v]
     if changed:
-        raise UsageError(f"cannot resume {path} with other settings ({'; '.join(changed)}): repeat them, or use --init-from")
+        raise UsageError(f"cannot continue the run in {args.out} with other settings ({'; '.join(changed)}): repeat them, or choose another --out")
 
 
 def plain_args(args):
@@ -494,15 +582,17 @@ def update_ema(ema, model, decay, step):
 class Log:
     """Means of named scalars since the last row, kept on the device (no synchronisation), and rows in a CSV file.
 
-    A run that goes on keeps the rows up to its step. Every row has the columns of the first.
+    A run that goes on keeps the rows up to its step. path None: a process that only measures.
     """
+
+    columns = ["step", "loss", "l1", "lpips", "bottleneck", "g_loss", "d_weight", "d_loss", "mse", "cosine", "grad_norm", "lr",
+               "images_per_s", "val_l1", "val_psnr", "val_use", "val_entropy_bits", "val_bits_per_token", "val_loss"]
 
     def __init__(self, path, start, sums):
         self.path, self.sums = path, {name: (torch.tensor(total), count) for name, (total, count) in sums.items()}
-        if path is None:  # a process that only measures
-            return
-        rows = list(csv.DictReader(path.open())) if path.exists() else []
-        path.unlink(missing_ok=True)
+        rows = list(csv.DictReader(path.open())) if path and path.exists() else []
+        if rows:
+            path.unlink()
         for row in rows:
             if int(row["step"]) <= start:
                 self.write(row)
@@ -513,7 +603,7 @@ class Log:
             self.sums[name] = (total + value.detach(), count + 1)
 
     def means(self):
-        """{name: mean since the last call}, floats. Raises UsageError if one is not finite."""
+        """{name: mean since the last call}, floats."""
         means = {name: float(total) / count for name, (total, count) in self.sums.items()}
         self.sums = {}
         return means
@@ -529,23 +619,127 @@ class Log:
                              "lower --lr or raise --warmup, and --resume")
 
     def write(self, row):
+        if self.path is None:
+            return
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
+            writer = csv.DictWriter(file, self.columns, restval="")
             if new:
                 writer.writeheader()
             writer.writerow(row)
 
 
-COLUMNS = ["step", "loss", "l1", "lpips", "bottleneck", "g_loss", "d_weight", "d_loss", "grad_norm", "lr", "images_per_s",
-           "val_l1", "val_psnr", "val_use", "val_entropy_bits"]
+# ------------------------------------------------------------------------------------------------ the loop of all three models
+
+
+def fit(args, processes, saved, parts, batches, turn, losses, validate, header):
+    """Train until args.steps; leaves OUT/ckpt.pt and OUT/log.csv. Returns the checkpoint's path.
+
+    saved     the checkpoint to continue from, or None
+    parts     {name: what has a state dict}, "model" and "ema" among them: what a checkpoint holds
+    batches   iterator of micro-batches, from the saved step on
+    turn      step -> (network, optimizer) that this step trains
+    losses    (batch, step) -> (scalar to minimise, {name: scalar to log})
+    validate  () -> (columns of the log, entries of the checkpoint); draws the pictures
+    header    the constant entries of the checkpoint
+    """
+    rank, world, device, dtype = processes
+    path, start = args.out / "ckpt.pt", saved["step"] if saved else 0
+    parts = {**parts, "scaler": torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)}
+    scaler = parts["scaler"]
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = Log(args.out / "log.csv" if rank == 0 else None, start, saved["log"] if saved else {})
+    bar = tqdm(total=args.steps, initial=start, disable=None if rank == 0 else True, unit="step", smoothing=0.05, desc=args.model)
+    clock, clock_step, extra = time.perf_counter(), start, {}
+
+    for step in range(start, args.steps):
+        torch.manual_seed(seed_of(args.seed, step, rank))
+        trained, optimizer = turn(step)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        trained.train()
+        for part in range(args.grad_accum):
+            last = part == args.grad_accum - 1
+            with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
+                with processes.autocast():
+                    loss, values = losses(next(batches), step)
+                scaler.scale(loss / args.grad_accum).backward()
+            log.add(values)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(trained.parameters(), args.grad_clip or math.inf)
+        if not scaler.is_enabled():  # fp16 meets infinite gradients by design, and skips such steps
+            log.add({"grad_norm": norm})
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(parts["ema"], parts["model"], args.ema_decay, step)
+
+        done, row = step + 1, {}
+        bar.update()
+        saving = done % args.save_every == 0 or done == args.steps
+        if done % args.log_every == 0:
+            log.check(done)
+            rate = (done - clock_step) * args.batch_size / (time.perf_counter() - clock)
+            clock, clock_step = time.perf_counter(), done
+            row.update(log.means(), lr=optimizer.param_groups[0]["lr"], images_per_s=round(rate, 1))
+            bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", img_s=f"{rate:.0f}")
+        if done % args.eval_every == 0 or saving:
+            columns, extra = validate()
+            row.update(columns)
+            if rank == 0:
+                bar.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            clock, clock_step = time.perf_counter(), done
+        if row:
+            log.write({"step": done, **row})
+        if saving:
+            log.check(done)
+            if rank == 0:
+                save_checkpoint(path, {"format": 1, "args": plain_args(args), "step": done, "log": log.state(), **header, **extra,
+                                       **{name: part.state_dict() for name, part in parts.items()}})
+    bar.close()
+    processes.barrier()  # the others may read it next
+    return path
+
+
+def saved_state(args):
+    """The checkpoint that --resume asks for, or None for a new run, which must not overwrite an old one."""
+    path = args.out / "ckpt.pt"
+    if not args.resume:
+        if path.exists():
+            raise UsageError(f"{path} exists: continue it with --resume, or choose another --out")
+        return None
+    return load_checkpoint(path if args.resume == "OUT" else args.resume)
+
+
+def load_batches(args, processes, dataset, saved):
+    """Endless iterator of this process's micro-batches of `dataset`, from the saved step on."""
+    batches = Batches(len(dataset), args.batch_size, saved["step"] if saved else 0, args.seed, processes.rank, processes.world, args.grad_accum)
+    cuda = processes.device.type == "cuda"
+    workers = args.num_workers if args.num_workers is not None else 8 if cuda else 0
+    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=cuda))
+
+
+def describe(processes, model, text):
+    if processes.rank == 0:
+        print(f"{text}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; "
+              f"{processes.world} x {processes.device}, {str(processes.dtype)[6:]}", flush=True)
+
+
+def load_weights(model, state_dict, path):
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise UsageError(f"the weights of {path} do not fit this model: {' '.join(str(error).split())[:300]}")
+
 
 # ------------------------------------------------------------------------------------------------ stage one: the tokenizer
 
 
 def build_tokenizer(args):
-    """The Tokenizer that the flags describe; also from the dictionary `args` of a checkpoint."""
-    args = args if isinstance(args, dict) else vars(args)
+    """The Tokenizer that a dictionary of flags describes: vars(args), or the "args" of a checkpoint."""
     depth = int(math.log2(args["downsample"])) + 1
     try:
         return Tokenizer(args["quantizer"], args["levels"], args["alpha"], args["edges"], args["hidden"], args["multipliers"][:depth],
@@ -554,51 +748,50 @@ def build_tokenizer(args):
         raise UsageError(f"{error}")
 
 
+def spread(dataset, limit):
+    """At most about `limit` indices spread evenly over a data set, so that all of its classes are there."""
+    return torch.arange(0, len(dataset), max(1, len(dataset) // limit))[:limit]
+
+
 @torch.no_grad()
-def validate_tokenizer(model, images, device, autocast, rank=0, world=1, batch_size=64, limit=1000):
+def validate_tokenizer(model, images, processes, batch_size=64, limit=1000):
     """One pass over (at most about `limit` of) the validation images, shared among the processes.
 
     Returns a dict: val_l1, val_psnr (dB, mean over images, after rounding to uint8), use and entropy_bits of the codes, and
     the latents' per-channel mean and standard deviation, which DiT normalises by.
     """
     model.eval()
-    chosen = torch.arange(0, len(images), max(1, len(images) // limit))[:limit]         # spread over all classes
     totals = torch.zeros(3, dtype=torch.float64)                                        # images, sum of L1, sum of PSNR
     moments = torch.zeros(3, len(model.post_quant_conv.weight[0]), dtype=torch.float64)  # of each channel: n, sum, sum of squares
     usage = CodeUsage(model.levels) if model.discrete else None
-    for part in chosen[rank::world].split(batch_size):
+    for part in spread(images, limit)[processes.rank :: processes.world].split(batch_size):
         x = torch.stack([images[i][0] for i in part.tolist()])                          # (B,3,H,W) uint8
-        with autocast():
-            z, indices = model.encode(to_float(x, device))
+        with processes.autocast():
+            z, indices = model.encode(to_float(x, processes.device))
             y = to_uint8(model.decode(z)).cpu()
         pixels, rebuilt = x.float() / 255, y.float() / 255
         l1 = 2 * (pixels - rebuilt).abs().mean((1, 2, 3))                               # on the scale of [-1, 1]
         totals += torch.stack([torch.ones(len(x)), l1, psnr(pixels, rebuilt).clamp(max=100)], 1).double().sum(0)
-        flat = z.movedim(1, -1).flatten(0, -2).double().cpu()                           # (B*h*w, d)
+        flat = z.movedim(1, -1).flatten(0, -2).cpu().double()                           # (B*h*w, d)
         moments += torch.stack([torch.full_like(flat[0], len(flat)), flat.sum(0), flat.square().sum(0)])
         if usage:
             usage.update(indices)
-    if world > 1:
-        sums = torch.cat([totals, moments.flatten()]).to(device)
-        dist.all_reduce(sums)
-        totals, moments = sums[:3].cpu(), sums[3:].cpu().view_as(moments)
-        if usage:
-            usage.all_reduce()
-    n, total, square = moments
+    (count, l1, decibels), (n, total, square) = processes.sum(totals), processes.sum(moments)
+    if usage and processes.world > 1:
+        usage.all_reduce()
     report = usage.report() if usage else {"use": math.nan, "entropy_bits": math.nan}
-    return {"val_l1": (totals[1] / totals[0]).item(), "val_psnr": (totals[2] / totals[0]).item(),
+    return {"val_l1": (l1 / count).item(), "val_psnr": (decibels / count).item(),
             "val_use": report["use"], "val_entropy_bits": report["entropy_bits"],
             "latent_mean": (total / n).tolist(), "latent_std": (square / n - (total / n) ** 2).clamp(min=0).sqrt().tolist()}
 
 
 @torch.no_grad()
-def draw_reconstructions(path, model, images, device, autocast, columns=8):
+def draw_reconstructions(path, model, images, processes, columns=8):
     """PNG: rows of validation images, each above its reconstructions."""
     from torchvision.utils import save_image
-    chosen = range(0, len(images), max(1, len(images) // (2 * columns)))[: 2 * columns]
-    x = torch.stack([images[i][0] for i in chosen])
-    with autocast():
-        y = to_uint8(model(to_float(x, device))[0]).cpu()
+    x = torch.stack([images[i][0] for i in spread(images, 2 * columns).tolist()])
+    with processes.autocast():
+        y = to_uint8(model(to_float(x, processes.device))[0]).cpu()
     rows = [torch.cat(pair) for pair in zip(x.split(columns), y.split(columns))]
     save_image(torch.cat(rows).float() / 255, path, nrow=columns, padding=2)
 
@@ -616,132 +809,356 @@ def tokenizer_losses(args, net, model, critic, lpips, x, step):
     parts["bottleneck"] = extra
     total = loss + (args.vae_weight if args.quantizer == "vae" else 1.0) * extra
     if gan:
-        # the plain critic: its DDP wrapper would wait for gradients that this step does not make
+        plain = getattr(critic, "module", critic)  # its DDP wrapper would wait for gradients that this step does not make
         adversarial, parts["g_loss"], parts["d_weight"] = adversarial_loss(
-            reconstruction, loss, unwrap(critic), model.decoder.conv_out.weight, args.disc_weight)
+            reconstruction, loss, plain, model.decoder.conv_out.weight, args.disc_weight)
         total = total + adversarial
     return total, {"loss": total, **parts}
 
 
-def unwrap(module):
-    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-
-
 def train_tokenizer(args):
     """Train a tokenizer as the flags say; leaves checkpoint, log and pictures in args.out. Returns the checkpoint's path."""
-    rank, world, device = start_processes(args)
-    dtype = pick_dtype(args.dtype, device)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    path = args.out / "ckpt.pt"
-    if path.exists() and not args.resume:
-        raise UsageError(f"{path} exists: continue it with --resume, or choose another --out")
-    saved = load_checkpoint(path if args.resume == "OUT" else args.resume) if args.resume else None
+    saved = saved_state(args)
     if saved:
-        check_resume(args, saved["args"], path)
-
-    # data
+        check_resume(args, saved)
+    processes = start_processes(args)
     train_images, val_images = (open_images(args.data, split, args.image_size, args.seed, args.skip_bad_images) for split in ("train", "val"))
-    start = saved["step"] if saved else 0
-    batches = Batches(len(train_images), args.batch_size, start, args.seed, rank, world, args.grad_accum)
-    workers = args.num_workers if args.num_workers is not None else 8 if device.type == "cuda" else 0
-    loader = iter(DataLoader(train_images, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda"))
+    batches = load_batches(args, processes, train_images, saved)
 
-    # networks: `model` is the plain module, `net` what is called in training (compiled, and averaging gradients over processes)
-    seed_step(args.seed, -1)
-    model = build_tokenizer(args).to(device, memory_format=torch.channels_last)
-    critic = PatchDiscriminator(n_layers=args.disc_layers).to(device) if args.disc_start >= 0 else None
-    lpips = load_lpips("vgg", args.pretrained).to(device) if args.perceptual_weight else None
+    # `model` is the plain module, `net` what is called in training: compiled, its gradients averaged over processes
+    device = processes.device
+    torch.manual_seed(seed_of(args.seed, -1))
+    model = build_tokenizer(vars(args)).to(device, memory_format=torch.channels_last)
     if args.init_from:
-        model.load_state_dict(load_checkpoint(args.init_from)["ema"])
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0) if critic else None
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer, "scaler": scaler}
-    parts = {name: part for name, part in parts.items() if part is not None}
+        load_weights(model, load_checkpoint(args.init_from)["ema"], args.init_from)
+    adamw = partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    parts = {"model": model, "ema": copy.deepcopy(model).requires_grad_(False), "optimizer": adamw(model.parameters())}
+    net, critic = processes.wrap(torch.compile(model) if args.compile else model), None
+    if args.disc_start >= 0:
+        critic = PatchDiscriminator(n_layers=args.disc_layers).to(device)
+        parts.update(critic=critic, critic_optimizer=adamw(critic.parameters()))
+        critic = processes.wrap(critic, broadcast_buffers=False)
+    lpips = load_lpips("vgg", args.pretrained).to(device) if args.perceptual_weight else None
+    describe(processes, model, f"tokenizer {args.size}: {args.quantizer} {' '.join(map(str, args.levels))} at {args.downsample}x down; {args.data}: "
+             f"{len(train_images)} train and {len(val_images)} val images of {args.image_size[0]} x {args.image_size[1]}")
+
+    def turn(step):
+        critics = 0 <= args.disc_start <= step and step % 2
+        return (critic, parts["critic_optimizer"]) if critics else (net, parts["optimizer"])
+
+    def losses(batch, step):
+        return tokenizer_losses(args, net, model, critic, lpips, to_float(batch[0], device), step)
+
+    def validate():
+        found = validate_tokenizer(parts["ema"], val_images, processes)
+        latents = {"mean": found.pop("latent_mean"), "std": found.pop("latent_std")}
+        if processes.rank == 0:
+            draw_reconstructions(args.out / "reconstructions.png", parts["ema"], val_images, processes)
+        return found, {"latents": latents}
+
+    return fit(args, processes, saved, parts, batches, turn, losses, validate, {"kind": "tokenizer", "classes": train_images.classes})
+
+
+def first_stage(args):
+    """The path of the finished tokenizer OUT/tokenizer/ckpt.pt of a generator, trained now as far as it is missing."""
+    stage = copy.copy(args)
+    preset = "nano" if args.size == "nano" else "paper"
+    vars(stage).update(SCHEDULES["tokenizer", preset], model="tokenizer", size=preset, out=args.out / "tokenizer", init_from=None, resume=None,
+                       grad_accum=1)
+    stage.steps = args.tokenizer_steps or stage.steps
+    path = stage.out / "ckpt.pt"
+    if path.exists():
+        stage.resume = "OUT"
+        saved = load_checkpoint(path)
+        check_resume(stage, saved)
+        if saved["step"] >= stage.steps:
+            return path
+    if start_processes(args).rank == 0:
+        print(f"stage one: {'continuing' if path.exists() else 'training'} the tokenizer in {stage.out}", flush=True)
+    return train_tokenizer(stage)
+
+
+# ------------------------------------------------------------------------------------------------ the token cache
+
+
+class Tokens(Dataset):
+    """A data set as its tokenizer sees it, on disk: (codes, class), one integer per latent position.
+
+    The integers serve both generators: LlamaGen predicts them, and DiT looks their codes up (`latents_of`), which for iFSQ
+    is arithmetic. Continuous tokenizers store fp16 latents (d,h,w) instead. [index] is the centre view, [index, epoch] one
+    of the views at random.
+    """
+
+    def __init__(self, folder, seed=0):
+        self.codes, self.labels = np.load(folder / "codes.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+        self.seed, self.views = seed, self.codes.shape[1]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, key):
+        index, epoch = key if isinstance(key, tuple) else (key, None)
+        view = 0 if epoch is None else seed_of(self.seed, epoch, index) % self.views
+        codes = torch.from_numpy(np.asarray(self.codes[index, view], dtype=np.int64 if self.codes.dtype.kind in "iu" else np.float32))
+        return codes, int(self.labels[index])
+
+
+def smallest_integer(size):
+    """The smallest unsigned type for indices in [0, size); int64 beyond 32 bits."""
+    return np.uint16 if size <= 2**16 else np.uint32 if size <= 2**32 else np.int64
+
+
+def cache_key(checkpoint, images, data, split, views):
+    """What the cached integers depend on: the tokenizer's weights, the list of images, the crops."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(checkpoint["ema"].items()):
+        digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+    files = [(str(p), p.stat().st_size) for p in images.source.paths] if isinstance(images.source, Folder) else data
+    digest.update(repr((files, split, len(images), images.image_size, views, images.seed if views > 2 else None)).encode())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def cache_tokens(args, processes, checkpoint, tokenizer, images, split, views, batch_size=128):
+    """Encode a data set once, or find that this was done: returns its Tokens.
+
+    The processes share the work. Everything is written into a folder of another name, which gets its own only when it is
+    complete; decoded.png in it shows what the integers hold.
+    """
+    folder = args.cache_dir / f"{split}-{cache_key(checkpoint, images, args.data, split, views)}"
+    unfinished = folder.with_name(folder.name + ".tmp")
+    h, w = (side // tokenizer.downsample for side in args.image_size)
+    shape, dtype = ((h * w,), smallest_integer(math.prod(tokenizer.levels))) if tokenizer.discrete else ((len(tokenizer.levels), h, w), np.float16)
+    shape = (len(images), views, *shape)
+    if processes.sum(torch.tensor(float(not folder.is_dir()))):  # the same answer for all: they wait for each other below
+        if processes.rank == 0:
+            create_array(unfinished, shape, dtype)
+        processes.barrier()
+        codes, labels = np.load(unfinished / "codes.npy", mmap_mode="r+"), np.zeros(len(images), dtype=np.int64)
+        mine = torch.arange(processes.rank, len(images), processes.world)
+        bar = tqdm(total=len(mine), desc=f"encoding {split}", unit="image", disable=None if processes.rank == 0 else True)
+        for part in mine.split(max(1, batch_size // views)):
+            seen = [images.view(i, number) for i in part.tolist() for number in range(views)]
+            x = torch.stack([x for x, _ in seen])                                       # (B*views, 3, H, W)
+            z, indices = tokenizer.encode(to_float(x, processes.device))                # in fp32, so that it can be repeated
+            found = (z if indices is None else indices).reshape(len(part), *shape[1:])
+            codes[part.numpy()] = found.cpu().numpy().astype(dtype)
+            labels[part.numpy()] = [label for _, label in seen[::views]]
+            bar.update(len(part))
+        bar.close()
+        codes.flush()
+        labels = processes.sum(torch.from_numpy(labels)).numpy()
+        if processes.rank == 0:
+            np.save(unfinished / "labels.npy", labels)
+            draw_cache(unfinished / "decoded.png", tokenizer, codes, (h, w), processes)
+            os.replace(unfinished, folder)
+        processes.barrier()
+    return Tokens(folder, args.seed)
+
+
+def create_array(folder, shape, dtype):
+    """An empty folder/codes.npy whose disk space is reserved: a full disk is met here, not as a crash while writing."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        np.lib.format.open_memmap(folder / "codes.npy", "w+", dtype, shape).flush()
+        if hasattr(os, "posix_fallocate"):
+            with open(folder / "codes.npy", "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UsageError(f"no room for a token cache of {math.prod(shape) * np.dtype(dtype).itemsize / 1e6:.0f} MB in {folder.parent} "
+                         f"({error}): make room or choose another --cache-dir")
+
+
+def draw_cache(path, tokenizer, codes, grid, processes):
+    """PNG: what the first views of images all over the cache decode to."""
+    from torchvision.utils import save_image
+    some = codes[spread(codes, 32).numpy(), 0]
+    some = torch.from_numpy(some.astype(np.float32 if some.dtype == np.float16 else np.int64)).to(processes.device)
+    z = tokenizer.quantize.codes(some.unflatten(1, grid)) if tokenizer.discrete else some
+    save_image(to_uint8(tokenizer.decode(z)).cpu().float() / 255, path, nrow=8, padding=2)
+
+
+# ------------------------------------------------------------------------------------------------ stage two: the generators
+
+
+class Stage(NamedTuple):
+    """All that turns a generator's output into pictures: the frozen tokenizer and the statistics DiT normalises by."""
+    tokenizer: Tokenizer
+    mean: torch.Tensor    # (1,d,1,1)
+    std: torch.Tensor     # (1,d,1,1)
+    grid: tuple           # (h, w)
+
+    def latents_of(self, codes):
+        """A batch of Tokens -> normalised latents (B,d,h,w), about N(0, 1) in each channel: the data of DiT."""
+        z = self.tokenizer.quantize.codes(codes.unflatten(1, self.grid)) if self.tokenizer.discrete else codes
+        return (z - self.mean) / self.std
+
+    def decode(self, latents):
+        """Normalised latents (B,d,h,w) -> pictures (B,3,H,W) uint8."""
+        return to_uint8(self.tokenizer.decode(latents * self.std + self.mean))
+
+
+def load_stage(checkpoint, image_size, device):
+    """The Stage of a tokenizer checkpoint, or of the part of a generator checkpoint that holds one."""
+    tokenizer = build_tokenizer(checkpoint["args"]).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    load_weights(tokenizer, checkpoint["ema"], "the tokenizer")
+    if not checkpoint.get("latents"):
+        raise UsageError("this tokenizer checkpoint lacks the mean and standard deviation of its latents, which DiT needs: train it with train.py")
+    mean, std = (torch.tensor(checkpoint["latents"][name], device=device).view(1, -1, 1, 1) for name in ("mean", "std"))
+    return Stage(tokenizer, mean, std.clamp(min=1e-6), tuple(side // tokenizer.downsample for side in image_size))
+
+
+def build_generator(args, levels, num_classes):
+    """The LlamaGen or DiT that a dictionary of flags describes, for tokens of these levels."""
+    grid = [side // args["downsample"] for side in args["image_size"]]
+    common = dict(num_classes=num_classes, grad_checkpoint=args["grad_checkpoint"])
+    try:
+        if args["model"] == "dit":
+            depth, hidden_size, num_heads = dit.SIZES[args["size"]]
+            return dit.DiT(input_size=grid, in_channels=len(levels), hidden_size=hidden_size, depth=depth, num_heads=num_heads,
+                           patch_size=args["patch_size"], **common)
+        groups = args["token_groups"] or next((g for g in range(1, len(levels) + 1) if len(levels) % g == 0
+                                               and max(llamagen.group_vocab(levels, g)) <= 4096), 1)
+        n_layer, n_head, dim = llamagen.SIZES[args["size"]]
+        return llamagen.LlamaGen(grid=grid, vocab_sizes=llamagen.group_vocab(levels, groups), n_layer=n_layer, n_head=n_head, dim=dim,
+                                 dropout=args["dropout"], class_dropout=args["class_dropout"], **common)
+    except ValueError as error:
+        raise UsageError(f"{error}")
+
+
+def generator_losses(args, net, stage, batch, device):
+    """One micro-batch of Tokens -> (loss, its named parts)."""
+    codes, labels = (part.to(device, non_blocking=True) for part in batch)
+    labels = labels * (not args.unconditional)
+    drop = torch.rand(len(labels), device=device) < args.class_dropout
+    if args.model == "llamagen":
+        loss = llamagen.cross_entropy(net(labels, codes, drop=drop), codes)
+        return loss, {"loss": loss}
+    x1 = stage.latents_of(codes)                                                        # (B,d,h,w)
+    found = dit.flow_matching_loss(net, x1, labels, torch.randn_like(x1), dit.logit_normal_t(len(x1), device=device), drop=drop)
+    return found["loss"], {"loss": found["loss"], "mse": found["mse"].mean(), "cosine": found["cosine"].mean()}
+
+
+@torch.no_grad()
+def validate_generator(args, model, stage, tokens, processes, batch_size=64, limit=1000):
+    """Validation loss on the centre views: {"val_bits_per_token"} of LlamaGen, {"val_loss"} of DiT.
+
+    DiT's is the velocity's squared error at fixed times and with fixed noise, so that runs can be compared: image i of n is
+    looked at at t = (i + 0.5) / n of a shuffled order. Blocks of images go to the processes in turn.
+    """
+    model.eval()
+    chosen = spread(tokens, limit)
+    total = torch.zeros(2, dtype=torch.float64)
+    for block, part in enumerate(chosen.split(batch_size)):
+        if block % processes.world != processes.rank:
+            continue
+        codes, labels = default_collate([tokens[i] for i in part.tolist()])
+        codes, labels = codes.to(processes.device), labels.to(processes.device) * (not args.unconditional)
+        with processes.autocast():
+            if args.model == "llamagen":
+                loss = llamagen.cross_entropy(model(labels, codes), codes) / math.log(2)
+            else:
+                x1 = stage.latents_of(codes)
+                generator = torch.Generator().manual_seed(seed_of(0, block))
+                noise = torch.randn(x1.shape, generator=generator).to(x1)
+                t = ((torch.randperm(len(x1), generator=generator) + 0.5) / len(x1)).to(x1)
+                loss = dit.flow_matching_loss(model, x1, labels, noise, t, cosine=False)["loss"]
+        total += torch.tensor([loss.item() * len(part), len(part)], dtype=torch.float64)
+    total = processes.sum(total)
+    return {"val_bits_per_token" if args.model == "llamagen" else "val_loss": (total[0] / total[1]).item()}
+
+
+def sampling_defaults(model):
+    """The paper's settings of `sample_pictures` for --model MODEL."""
+    if model == "llamagen":
+        return dict(cfg_scale=2.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
+    return dict(cfg_scale=1.0, cfg_interval=(0.0, 1.0), sampler="euler", steps=250, timestep_shift=1.0)
+
+
+@torch.no_grad()
+def sample_pictures(model, stage, labels, indices, seed, settings):
+    """Pictures (B,3,H,W) uint8 of classes `labels` (B,) int64: a pure function of the seed and each one's global index.
+
+    indices: B integers that number the samples of the whole run. All randomness of a sample comes from (seed, its index).
+    settings: as in `sampling_defaults`.
+    """
+    generators = [torch.Generator().manual_seed(seed_of(seed, index)) for index in indices]
+    if isinstance(model, llamagen.LlamaGen):
+        shape = math.prod(model.grid), len(model.vocab_sizes)
+        uniforms = torch.stack([torch.rand(shape, generator=g) for g in generators]).to(labels.device)
+        codes = llamagen.sample(model, labels, uniforms, **settings)                    # (B, h*w)
+        return to_uint8(stage.tokenizer.decode_indices(codes.unflatten(1, stage.grid)))
+    noise = torch.stack([torch.randn(model.in_channels, *model.input_size, generator=g) for g in generators]).to(labels.device)
+    return stage.decode(dit.sample(model, noise, labels, **settings))
+
+
+def draw_samples(path, model, stage, classes, seed, processes, settings, per_class=6, limit=12):
+    """PNG: a row of samples for each of the (first `limit`) classes."""
+    from torchvision.utils import save_image
+    count = min(len(classes), limit)
+    labels = torch.arange(count, device=processes.device).repeat_interleave(per_class)
+    with processes.autocast():
+        pictures = sample_pictures(model.eval(), stage, labels, range(len(labels)), seed, settings)
+    save_image(pictures.cpu().float() / 255, path, nrow=per_class, padding=2)
+
+
+def train_generator(args):
+    """Train LlamaGen or DiT on the tokens of --data; trains the tokenizer first if there is none. Returns the checkpoint's path."""
+    saved = saved_state(args)
+    checkpoint = saved["tokenizer"] if saved else load_checkpoint(args.tokenizer or first_stage(args))
+    if checkpoint["kind"] != "tokenizer":
+        raise UsageError(f"--tokenizer {args.tokenizer} is a {checkpoint['kind']} checkpoint, not a tokenizer's")
+    inherit(args, checkpoint["args"])
     if saved:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    net = torch.compile(model) if args.compile else model
-    if world > 1:
-        local = [device.index] if device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(net, device_ids=local)
-        critic = critic and nn.parallel.DistributedDataParallel(critic, device_ids=local, broadcast_buffers=False)
+        check_resume(args, saved)
+    processes = start_processes(args)
+    device = processes.device
+    stage = load_stage(checkpoint, args.image_size, device)
+    train_images, val_images = (open_images(args.data, split, args.image_size, args.seed, args.skip_bad_images) for split in ("train", "val"))
+    train_tokens = cache_tokens(args, processes, checkpoint, stage.tokenizer, train_images, "train", 2 * args.crops)
+    val_tokens = cache_tokens(args, processes, checkpoint, stage.tokenizer, val_images, "val", 1)
+    batches = load_batches(args, processes, train_tokens, saved)
 
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        log = Log(args.out / "log.csv", start, saved["log"] if saved else {})
-        print(f"tokenizer {args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {args.quantizer} {args.levels}; "
-              f"{args.data}: {len(train_images)} train, {len(val_images)} val, {len(train_images.classes)} classes, {args.image_size}; "
-              f"{device}, {str(dtype)[6:]}, {world} processes")
-    else:
-        log = Log(None, start, {})
-    bar = tqdm(total=args.steps, initial=start, disable=None if rank == 0 else True, unit="step", smoothing=0.05)
-    clock, clock_step = time.perf_counter(), start
-    latents = saved["latents"] if saved else None
+    classes = ["all"] if args.unconditional else train_images.classes
+    torch.manual_seed(seed_of(args.seed, -1))
+    model = build_generator(vars(args), stage.tokenizer.levels, len(classes)).to(device)
+    if args.init_from:
+        load_weights(model, load_checkpoint(args.init_from)["ema"], args.init_from)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    parts = {"model": model, "ema": copy.deepcopy(model).requires_grad_(False), "optimizer": optimizer}
+    net = processes.wrap(torch.compile(model) if args.compile else model)
+    settings = sampling_defaults(args.model)
+    if args.model == "dit":
+        settings["steps"] = 50  # enough for a look
+    describe(processes, model, f"{args.model} {args.size}: {stage.grid[0]} x {stage.grid[1]} tokens of "
+             f"{stage.tokenizer.quantizer} {' '.join(map(str, stage.tokenizer.levels))}; {args.data}: {len(train_tokens)} images x {train_tokens.views} views, "
+             f"{len(classes)} classes")
 
-    for step in range(start, args.steps):
-        seed_step(args.seed, step, rank)
-        critic_step = 0 <= args.disc_start <= step and step % 2
-        trained, opt = (critic, critic_optimizer) if critic_step else (net, optimizer)
-        for group in opt.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-        trained.train()
-        for part in range(args.grad_accum):
-            x = to_float(next(loader)[0], device)
-            last = part == args.grad_accum - 1
-            with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
-                with autocast():
-                    loss, values = tokenizer_losses(args, net, model, critic, lpips, x, step)
-                scaler.scale(loss / args.grad_accum).backward()
-            log.add(values)
-        scaler.unscale_(opt)
-        norm = nn.utils.clip_grad_norm_(trained.parameters(), args.grad_clip or math.inf)
-        if not scaler.is_enabled():  # fp16 meets infinite gradients by design, and skips such steps
-            log.add({"grad_norm": norm})
-        scaler.step(opt)
-        scaler.update()
-        opt.zero_grad(set_to_none=True)
-        update_ema(ema, model, args.ema_decay, step)
+    def validate():
+        found = validate_generator(args, parts["ema"], stage, val_tokens, processes)
+        if processes.rank == 0:
+            draw_samples(args.out / "samples.png", parts["ema"], stage, classes, args.seed, processes, settings)
+        return found, {}
 
-        done = step + 1
-        bar.update()
-        final = done == args.steps
-        row = {"step": done}
-        if done % args.log_every == 0:
-            log.check(done)
-            rate = (done - clock_step) * args.batch_size / (time.perf_counter() - clock)
-            clock, clock_step = time.perf_counter(), done
-            row.update(log.means(), lr=opt.param_groups[0]["lr"], images_per_s=round(rate, 1))
-            bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", img_s=f"{rate:.0f}")
-        if done % args.eval_every == 0 or done % args.save_every == 0 or final:
-            found = validate_tokenizer(ema, val_images, device, autocast, rank, world)
-            latents = {"mean": found.pop("latent_mean"), "std": found.pop("latent_std")}
-            row.update(found)
-            if rank == 0:
-                draw_reconstructions(args.out / "reconstructions.png", ema, val_images, device, autocast)
-                bar.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step"))
-            clock, clock_step = time.perf_counter(), done
-        if rank == 0 and len(row) > 1:
-            log.write(row)
-        if rank == 0 and (done % args.save_every == 0 or final):
-            log.check(done)
-            save_checkpoint(path, {"format": 1, "kind": "tokenizer", "args": plain_args(args), "step": done, "latents": latents,
-                                   "classes": train_images.classes, "log": log.state(),
-                                   **{name: part.state_dict() for name, part in parts.items()}})
-    bar.close()
-    return path
+    header = {"kind": args.model, "classes": classes,
+              "tokenizer": {name: checkpoint[name] for name in ("format", "kind", "args", "step", "ema", "latents", "classes")}}
+    return fit(args, processes, saved, parts, batches, lambda step: (net, optimizer),
+               lambda batch, step: generator_losses(args, net, stage, batch, device), validate, header)
 
 
 def main(argv=None):
     try:
-        path = train_tokenizer(parse_args(argv))
+        args = parse_args(argv)
+        path = train_tokenizer(args) if args.model == "tokenizer" else train_generator(args)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"saved {path}; next: python evaluate.py {path}")
     except UsageError as error:
         sys.exit(fail("train.py", error))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(f"saved {path}; next: python evaluate.py {path}")
 
 
 def fail(program, error):

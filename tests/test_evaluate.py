@@ -53,7 +53,7 @@ def test_report_and_table(checkpoints, tmp_path, capsys):
     assert ae["results"]["codes"] is None
     for text in ("ifsq-ckpt", "ae-ckpt", "psnr", f"{r['psnr']:.2f}", f"{r['codes']['codes_used']}/83521"):
         assert text in printed
-    assert ifsq["training"]["lr"] == 0.001 and ifsq["settings"]["weights"] == "ema" and len(ifsq["sha256"]) == 64
+    assert ifsq["training"]["lr"] == 0.002 and ifsq["settings"]["weights"] == "ema" and len(ifsq["sha256"]) == 64
     assert (tmp_path / "ifsq-ckpt.png").stat().st_size > 500
 
 
