@@ -932,7 +932,7 @@ def cache_tokens(args, processes, checkpoint, tokenizer, images, split, views, b
     shape = (len(images), views, *shape)
     if processes.sum(torch.tensor(float(not folder.is_dir()))):  # the same answer for all: they wait for each other below
         if processes.rank == 0:
-            create_array(unfinished, shape, dtype)
+            create_array(unfinished / "codes.npy", shape, dtype)
         processes.barrier()
         codes, labels = np.load(unfinished / "codes.npy", mmap_mode="r+"), np.zeros(len(images), dtype=np.int64)
         mine = torch.arange(processes.rank, len(images), processes.world)
@@ -956,19 +956,19 @@ def cache_tokens(args, processes, checkpoint, tokenizer, images, split, views, b
     return Tokens(folder, args.seed)
 
 
-def create_array(folder, shape, dtype):
-    """An empty folder/codes.npy whose disk space is reserved: a full disk is met here, not as a crash while writing."""
+def create_array(path, shape, dtype):
+    """An empty .npy file, alone in a new folder, whose space is reserved: a full disk is met here, not as a crash in writing."""
+    shutil.rmtree(path.parent, ignore_errors=True)
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        np.lib.format.open_memmap(folder / "codes.npy", "w+", dtype, shape).flush()
+        path.parent.mkdir(parents=True)
+        np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
         if hasattr(os, "posix_fallocate"):
-            with open(folder / "codes.npy", "r+b") as file:
+            with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UsageError(f"no room for a token cache of {math.prod(shape) * np.dtype(dtype).itemsize / 1e6:.0f} MB in {folder.parent} "
-                         f"({error}): make room or choose another --cache-dir")
+        shutil.rmtree(path.parent, ignore_errors=True)
+        raise UsageError(f"no room for {math.prod(shape) * np.dtype(dtype).itemsize / 1e6:.0f} MB in {path.parent} ({error}): "
+                         "make room, or choose another --cache-dir or --out")
 
 
 def draw_cache(path, tokenizer, codes, grid, processes):
