@@ -68,7 +68,7 @@ def parse_args(argv=None):
     group("--top-k", type=int, metavar="K", help="LlamaGen: draw from the K likeliest tokens, 0 all")
     group("--top-p", type=float, metavar="P", help="LlamaGen: draw from the likeliest tokens that make up P")
     group("--sampler", choices=["euler", "heun"], help="DiT: one model call a step, or two")
-    group("--sample-steps", type=int, metavar="N", dest="steps", help="DiT: steps from noise to data")
+    group("--sample-steps", type=int, metavar="N", help="DiT: steps from noise to data")
     group("--timestep-shift", type=float, metavar="S", help="DiT: below 1 smaller steps near the noise, above 1 near the data")
     group("--guide-channels", type=int, metavar="N", help="DiT: guide only the first N latent channels (the public code: 3)")
     group("--save-npz", action="store_true", help="keep the samples as OUT/NAME.npz in ADM's format: arr_0 (N,H,W,3) uint8, arr_1 labels")
@@ -165,11 +165,11 @@ def describe(path, checkpoint, args, processes, results, **settings):
 def sampling_settings(args, kind):
     """The settings of `train.sample_pictures`: the paper's, replaced by the flags that were given."""
     settings = {**sampling_defaults(kind), **({"guide_channels": None} if kind == "dit" else {})}
-    given = {name: getattr(args, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler", "steps",
+    given = {name: getattr(args, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler", "sample_steps",
                                                     "timestep_shift", "guide_channels") if getattr(args, name) is not None}
     foreign = [f"--{name.replace('_', '-')}" for name in given if name not in settings]
     if foreign:
-        raise UsageError(f"{', '.join(foreign).replace('--steps', '--sample-steps')} does not apply to {kind} checkpoints: leave it out")
+        raise UsageError(f"{', '.join(foreign)} does not apply to {kind} checkpoints: leave it out")
     if "cfg_interval" in given:
         wanted = {"dit": 2, "llamagen": 1}[kind]
         if len(given["cfg_interval"]) != wanted:

@@ -1074,7 +1074,7 @@ def sampling_defaults(model):
     """The paper's settings of `sample_pictures` for --model MODEL."""
     if model == "llamagen":
         return dict(cfg_scale=2.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
-    return dict(cfg_scale=1.0, cfg_interval=(0.0, 1.0), sampler="euler", steps=250, timestep_shift=1.0)
+    return dict(cfg_scale=1.0, cfg_interval=(0.0, 1.0), sampler="euler", sample_steps=250, timestep_shift=1.0)
 
 
 @torch.no_grad()
@@ -1091,7 +1091,8 @@ def sample_pictures(model, stage, labels, indices, seed, settings):
         codes = llamagen.sample(model, labels, uniforms, **settings)                    # (B, h*w)
         return to_uint8(stage.tokenizer.decode_indices(codes.unflatten(1, stage.grid)))
     noise = torch.stack([torch.randn(model.in_channels, *model.input_size, generator=g) for g in generators]).to(labels.device)
-    return stage.decode(dit.sample(model, noise, labels, **settings))
+    settings = dict(settings)
+    return stage.decode(dit.sample(model, noise, labels, settings.pop("sample_steps"), **settings))
 
 
 def draw_samples(path, model, stage, classes, seed, processes, settings, per_class=6, limit=12):
@@ -1131,7 +1132,7 @@ def train_generator(args):
     net = processes.wrap(torch.compile(model) if args.compile else model)
     settings = sampling_defaults(args.model)
     if args.model == "dit":
-        settings["steps"] = 50  # enough for a look
+        settings["sample_steps"] = 50  # enough for a look
     describe(processes, model, f"{args.model} {args.size}: {stage.grid[0]} x {stage.grid[1]} tokens of "
              f"{stage.tokenizer.quantizer} {' '.join(map(str, stage.tokenizer.levels))}; {args.data}: {len(train_tokens)} images x {train_tokens.views} views, "
              f"{len(classes)} classes")
