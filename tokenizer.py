@@ -431,5 +431,5 @@ def adversarial_loss(reconstruction, base_loss, discriminator, last_weight, weig
 
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio, dB: x, y (B,3,H,W) in [0, 1] -> (B,). Infinite for equal images."""
-    return -10 * (x - y).square().mean((1, 2, 3)).log10()
+    """Peak signal-to-noise ratio, dB: x, y (B,3,H,W) in [0, 1] -> (B,), at most 100, so that equal images spoil no mean."""
+    return -10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10()

@@ -771,7 +771,7 @@ def validate_tokenizer(model, images, processes, batch_size=64, limit=1000):
             y = to_uint8(model.decode(z)).cpu()
         pixels, rebuilt = x.float() / 255, y.float() / 255
         l1 = 2 * (pixels - rebuilt).abs().mean((1, 2, 3))                               # on the scale of [-1, 1]
-        totals += torch.stack([torch.ones(len(x)), l1, psnr(pixels, rebuilt).clamp(max=100)], 1).double().sum(0)
+        totals += torch.stack([torch.ones(len(x)), l1, psnr(pixels, rebuilt)], 1).double().sum(0)
         flat = z.movedim(1, -1).flatten(0, -2).cpu().double()                           # (B*h*w, d)
         moments += torch.stack([torch.full_like(flat[0], len(flat)), flat.sum(0), flat.square().sum(0)])
         if usage:
@@ -1164,7 +1164,7 @@ def main(argv=None):
 
 def fail(program, error):
     """Print a UsageError as one line on stderr; returns the exit code 2. (A loader process adds its traceback: dropped.)"""
-    print(f"{program}: {str(error).strip().splitlines()[-1].removeprefix('train.UsageError: ')}", file=sys.stderr)
+    print(f"{program}: {str(error).strip().splitlines()[-1].split('UsageError: ')[-1]}", file=sys.stderr)
     return 2
 
 

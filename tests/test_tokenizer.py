@@ -166,6 +166,7 @@ def test_lpips_equals_the_published_package(golden, net):
 def test_psnr(golden):
     g = golden("psnr_ssim")
     golden.close(psnr(g.inputs["a"], g.inputs["b"]), g.outputs["psnr_per_image"].float())
+    assert psnr(g.inputs["a"], g.inputs["a"]).tolist() == [100.0] * 3
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
