@@ -41,29 +41,35 @@ METRICS = ("psnr", "ssim", "lpips", "codes")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="checkpoints of train.py, one table row each")
     add("--data", metavar="{shapes,cifar10,DIR}", help="images to evaluate on (default: those of the training run)")
-    add("--split", choices=["train", "val", "all"], default="val", help="part of the data; all is every image of a folder (default: val)")
+    add("--split", choices=["train", "val", "all"], default="val", help="part of the data; all is every image of a folder "
+        "(default: val)")
     add("--skip-bad-images", action="store_true", help="leave out and count the images that cannot be read")
-    add("--metrics", nargs="+", choices=METRICS, metavar="NAME", help=f"of {' '.join(METRICS)}: these must work, else exit code 2 "
-        "(default: all that can be computed)")
-    add("--num-samples", type=int, metavar="N", help="tokenizer: evaluate on N images, spread evenly over the split (default: all); "
-        "generator: draw N samples (default: 1000)")
+    add("--metrics", nargs="+", choices=METRICS, metavar="NAME", help=f"of {' '.join(METRICS)}: these must work, else exit "
+        "code 2 (default: all that can be computed)")
+    add("--num-samples", type=int, metavar="N", help="tokenizer: evaluate on N images, spread evenly over the split "
+        "(default: all); generator: draw N samples (default: 1000)")
     add("--batch-size", type=int, default=64, metavar="B", help="images at a time in each process (default: 64)")
     add("--num-workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
     add("--weights", choices=["ema", "model"], default="ema", help="averaged or last weights (default: ema)")
     add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="fp32", help="arithmetic of the networks (default: fp32)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
-    add("--pretrained", type=Path, default=CACHE, metavar="DIR", help="folder of pretrained weights: where they are looked for, and downloaded to (default: %(default)s)")
+    add("--pretrained", type=Path, default=CACHE, metavar="DIR", help="folder of pretrained weights: "
+        "where they are looked for, and downloaded to (default: %(default)s)")
     add("--seed", type=int, default=0, help="of samples and random labels (default: 0)")
     add("--out", type=Path, metavar="DIR", help="folder of reports and pictures (default: eval/ beside the first checkpoint)")
 
-    group = parser.add_argument_group("samples of a generator (defaults: LlamaGen cfg 2, DiT cfg 1 and 250 Euler steps, as in the paper)").add_argument
-    group("--labels", choices=["balanced", "random"], default="balanced", help="every class equally often, or drawn at random (default: balanced)")
+    group = parser.add_argument_group("samples of a generator (defaults: LlamaGen cfg 2, DiT cfg 1 and 250 Euler steps, "
+                                      "as in the paper)").add_argument
+    group("--labels", choices=["balanced", "random"], default="balanced", help="every class equally often, or drawn at random "
+          "(default: balanced)")
     group("--cfg-scale", type=float, metavar="S", help="classifier-free guidance, 1 = none")
-    group("--cfg-interval", type=float, nargs="+", metavar="T", help="LlamaGen: guide tokens 0 ... T+1, -1 all; DiT: guide for LO <= t <= HI, 0 noise, 1 data")
+    group("--cfg-interval", type=float, nargs="+", metavar="T", help="LlamaGen: guide tokens 0 ... T+1, -1 all; DiT: guide for "
+          "LO <= t <= HI, 0 noise, 1 data")
     group("--temperature", type=float, metavar="T", help="LlamaGen: divides the logits, 0 takes the likeliest token")
     group("--top-k", type=int, metavar="K", help="LlamaGen: draw from the K likeliest tokens, 0 all")
     group("--top-p", type=float, metavar="P", help="LlamaGen: draw from the likeliest tokens that make up P")
@@ -71,7 +77,8 @@ def parse_args(argv=None):
     group("--sample-steps", type=int, metavar="N", help="DiT: steps from noise to data")
     group("--timestep-shift", type=float, metavar="S", help="DiT: below 1 smaller steps near the noise, above 1 near the data")
     group("--guide-channels", type=int, metavar="N", help="DiT: guide only the first N latent channels (the public code: 3)")
-    group("--save-npz", action="store_true", help="keep the samples as OUT/NAME.npz in ADM's format: arr_0 (N,H,W,3) uint8, arr_1 labels")
+    group("--save-npz", action="store_true", help="keep the samples as OUT/NAME.npz in ADM's format: arr_0 (N,H,W,3) uint8, "
+          "arr_1 labels")
     group("--save-images", action="store_true", help="keep the samples as OUT/NAME/000000.png, ...")
     args = parser.parse_args(argv)
     args.out = args.out or Path(args.checkpoints[0]).parent / "eval"
@@ -152,21 +159,24 @@ def evaluate_tokenizer(path, checkpoint, args, processes):
     results = {"images": len(chosen), "psnr": means[0], "ssim": means[1], "lpips": means[2] if lpips else None,
                "bits_per_pixel": bits / math.prod(size), "compression": 24 * math.prod(size) / bits,
                "images_per_s": world * len(mine) / seconds, "codes": usage.report() if usage else None}
-    return describe(path, checkpoint, args, processes, results, data=data, split=args.split, image_size=size, crop="centre (ADM)")
+    return describe(path, checkpoint, args, processes, results, data=data, split=args.split, image_size=size,
+                    crop="centre (ADM)")
 
 
 def describe(path, checkpoint, args, processes, results, **settings):
     """A report: the results with everything that they depend on."""
     return {"kind": checkpoint["kind"], "checkpoint": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-            "step": checkpoint["step"], "weights": args.weights, **settings, "flags": plain_args(args), "training": checkpoint["args"],
-            "device": str(processes.device), "processes": processes.world, "torch": torch.__version__, "results": results}
+            "step": checkpoint["step"], "weights": args.weights, **settings, "flags": plain_args(args),
+            "training": checkpoint["args"], "device": str(processes.device), "processes": processes.world,
+            "torch": torch.__version__, "results": results}
 
 
 def sampling_settings(args, kind):
     """The settings of `train.sample_pictures`: the paper's, replaced by the flags that were given."""
     settings = {**sampling_defaults(kind), **({"guide_channels": None} if kind == "dit" else {})}
-    given = {name: getattr(args, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler", "sample_steps",
-                                                    "timestep_shift", "guide_channels") if getattr(args, name) is not None}
+    given = {name: getattr(args, name)
+             for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler", "sample_steps",
+                          "timestep_shift", "guide_channels") if getattr(args, name) is not None}
     foreign = [f"--{name.replace('_', '-')}" for name in given if name not in settings]
     if foreign:
         raise UsageError(f"{', '.join(foreign)} does not apply to {kind} checkpoints: leave it out")
@@ -182,8 +192,8 @@ def sampling_settings(args, kind):
 def evaluate_generator(path, checkpoint, args, processes):
     """The report of one generator checkpoint, a dictionary; draws OUT/NAME.png, and keeps the samples if asked to."""
     rank, world, device, _ = processes
-    trained, kind, classes, size = checkpoint["args"], checkpoint["kind"], checkpoint["classes"], checkpoint["args"]["image_size"]
-    settings = sampling_settings(args, kind)
+    trained, kind, classes = checkpoint["args"], checkpoint["kind"], checkpoint["classes"]
+    settings, size = sampling_settings(args, kind), trained["image_size"]
     stage = load_stage(checkpoint["tokenizer"], size, device)
     model = build_generator(trained, stage.tokenizer.levels, len(classes)).to(device).eval()
     load_weights(model, checkpoint[args.weights], path)
@@ -199,7 +209,8 @@ def evaluate_generator(path, checkpoint, args, processes):
         create_array(folder / "samples.npy", (count, *size, 3), np.uint8)
     processes.barrier()
     samples, seconds = np.load(folder / "samples.npy", mmap_mode="r+"), 0.0
-    for block in tqdm(list(torch.arange(count).split(args.batch_size))[rank::world], desc=f"sampling {name}", disable=None if rank == 0 else True):
+    for block in tqdm(list(torch.arange(count).split(args.batch_size))[rank::world], desc=f"sampling {name}",
+                      disable=None if rank == 0 else True):
         begin = time.perf_counter()
         with processes.autocast():
             try:
@@ -218,16 +229,18 @@ def evaluate_generator(path, checkpoint, args, processes):
         if args.save_npz:
             save_npz(args.out / f"{name}.npz", folder / "samples.npy", labels)
         shutil.rmtree(folder)
-    per_image = model.flops_per_image()
-    results = {"samples": count, **loss, "images_per_s": world * count / seconds, "tokens_per_s": world * count * math.prod(stage.grid) / seconds,
-               "parameters": sum(p.numel() for p in model.parameters()), "train_images": checkpoint["step"] * trained["batch_size"],
-               "train_flops": checkpoint["step"] * trained["batch_size"] * per_image}
-    return describe(path, checkpoint, args, processes, results, sampling=settings, labels=args.labels, seed=args.seed, image_size=size)
+    per_image, seen = model.flops_per_image(), checkpoint["step"] * trained["batch_size"]
+    results = {"samples": count, **loss, "images_per_s": world * count / seconds,
+               "tokens_per_s": world * count * math.prod(stage.grid) / seconds,
+               "parameters": sum(p.numel() for p in model.parameters()), "train_images": seen, "train_flops": seen * per_image}
+    return describe(path, checkpoint, args, processes, results, sampling=settings, labels=args.labels,
+                    seed=args.seed, image_size=size)
 
 
 def generator_loss(checkpoint, args, model, stage, processes):
     """The validation loss as in training, or {} with one line on stderr if the images of the training run are not here."""
-    trained = argparse.Namespace(**{**checkpoint["args"], "data": args.data or checkpoint["args"]["data"], "cache_dir": args.out / "cache"})
+    trained = argparse.Namespace(**{**checkpoint["args"], "data": args.data or checkpoint["args"]["data"],
+                                    "cache_dir": args.out / "cache"})
     try:
         images = open_images(trained.data, args.split, trained.image_size, trained.seed, args.skip_bad_images)
     except UsageError as error:
@@ -276,15 +289,18 @@ def table_row(report):
     if report["kind"] == "tokenizer":
         codes = r["codes"]
         used = [channel["use"] for channel in codes["channels"]] if codes else []
-        return {**row, "quantizer": t["quantizer"], "images": str(r["images"]), "psnr": number(r["psnr"], ".2f"), "ssim": number(r["ssim"], ".4f"),
-                "lpips": number(r["lpips"], ".4f"), "rfid": "n/a",  # the Frechet distance is not built yet
+        return {**row, "quantizer": t["quantizer"], "images": str(r["images"]), "psnr": number(r["psnr"], ".2f"),
+                "ssim": number(r["ssim"], ".4f"), "lpips": number(r["lpips"], ".4f"),
+                "rfid": "n/a",  # the Frechet distance is not built yet
                 "codes": f"{codes['codes_used']}/{codes['codebook_size']}" if codes else "n/a",
                 "entropy": f"{codes['entropy_bits']:.2f}/{codes['bits_per_token']:.2f}" if codes else "n/a",
-                "min use": number(min(used), ".3f") if used else "n/a",
-                "bits/px": number(r["bits_per_pixel"], ".3f"), "ratio": number(r["compression"], ".1f"), "img/s": number(r["images_per_s"], ".0f")}
-    return {**row, "model": f"{report['kind']} {t['size']}", "params": f"{r['parameters'] / 1e6:.1f}M", "train flops": f"{r['train_flops']:.2e}",
-            "bits/token": number(r.get("val_bits_per_token"), ".3f"), "flow loss": number(r.get("val_loss"), ".4f"), "samples": str(r["samples"]),
-            "cfg": f"{report['sampling']['cfg_scale']:g}", "gfid": "n/a", "img/s": number(r["images_per_s"], ".1f"), "tok/s": number(r["tokens_per_s"], ".0f")}
+                "min use": number(min(used), ".3f") if used else "n/a", "bits/px": number(r["bits_per_pixel"], ".3f"),
+                "ratio": number(r["compression"], ".1f"), "img/s": number(r["images_per_s"], ".0f")}
+    return {**row, "model": f"{report['kind']} {t['size']}", "params": f"{r['parameters'] / 1e6:.1f}M",
+            "train flops": f"{r['train_flops']:.2e}", "bits/token": number(r.get("val_bits_per_token"), ".3f"),
+            "flow loss": number(r.get("val_loss"), ".4f"), "samples": str(r["samples"]),
+            "cfg": f"{report['sampling']['cfg_scale']:g}", "gfid": "n/a",
+            "img/s": number(r["images_per_s"], ".1f"), "tok/s": number(r["tokens_per_s"], ".0f")}
 
 
 def print_table(rows):
@@ -305,7 +321,8 @@ def evaluate(args):
         if processes.rank == 0:
             (args.out / f"{report_name(path)}.json").write_text(json.dumps(reports[-1], indent=1))
     if processes.rank == 0:
-        for rows in ([table_row(r) for r in reports if (r["kind"] == "tokenizer") == tokenizers] for tokenizers in (True, False)):
+        for rows in ([table_row(r) for r in reports if (r["kind"] == "tokenizer") == tokenizers]
+                     for tokenizers in (True, False)):
             if rows:
                 print_table(rows)
         print(f"reports and pictures in {args.out}")

@@ -15,9 +15,9 @@ so no code value is starved. tanh is too steep: it crowds the values near the tw
 
 What the paper does not say, and `edges` is for. Rounding y*h leaves the two outermost bins half as wide as the others. So
 with uniform y the *values* are spread evenly, but the *indices* are not: for z ~ N(0, 1) and L = 9 their entropy is 0.972 of
-log2(L) with alpha = 1.6 and 0.993 with tanh, whose crowding happens to fill the half bins. `edges="full"` cuts [-1, 1] into
-L bins of equal width with the codes at their centres (h = L/2 instead of (L-1)/2, and the grid ends at 1 - 1/L): entropy
-0.9987, and a quarter less squared error in y at L = 9, 41% less at L = 5, 60% less at L = 3. That is arithmetic about a Gaussian, not a
+log2(L) with alpha = 1.6 and 0.993 with tanh, whose crowding happens to fill the half bins. `edges="full"` cuts [-1, 1] into L
+bins of equal width with the codes at their centres (h = L/2 instead of (L-1)/2, and the grid ends at 1 - 1/L): entropy 0.9987,
+and a quarter less squared error in y at L = 9, 41% less at L = 5, 60% less at L = 3. That is arithmetic about a Gaussian, not a
 promise about a trained tokenizer; the default is the paper's "half". `python fsq.py` computes all these numbers.
 
 This file needs torch alone: copy it.

@@ -265,7 +265,8 @@ class Tokenizer(nn.Module):
         if quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, not {quantizer!r}")
         if any(hidden * m % 32 for m in multipliers):
-            raise ValueError(f"hidden * multipliers must be multiples of 32 (GroupNorm), got {[hidden * m for m in multipliers]}")
+            raise ValueError("hidden * multipliers must be multiples of 32 (GroupNorm), "
+                             f"got {[hidden * m for m in multipliers]}")
         d = len(levels)
         z_channels = z_channels or d
         self.quantizer, self.levels, self.downsample = quantizer, list(levels), 2 ** (len(multipliers) - 1)
@@ -279,7 +280,8 @@ class Tokenizer(nn.Module):
         elif quantizer == "vq":
             self.levels = [codebook_size or math.prod(levels)]  # one digit per token
             if self.levels[0] > 2**24:
-                raise ValueError(f"a learned codebook of {self.levels[0]} vectors is too large: give codebook_size or smaller levels")
+                raise ValueError(f"a learned codebook of {self.levels[0]} vectors is too large: "
+                                 "give codebook_size or smaller levels")
             self.quantize = VectorQuantizer(d, self.levels[0], beta)
         else:
             self.quantize = DiagonalGaussian() if quantizer == "vae" else Bottleneck(d)
@@ -382,7 +384,8 @@ class PatchDiscriminator(nn.Module):
         layers, c = [nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2)], ndf
         for i in range(1, n_layers + 1):
             c_out = ndf * min(2**i, 8)
-            layers += [nn.Conv2d(c, c_out, 4, 2 if i < n_layers else 1, 1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(c, c_out, 4, 2 if i < n_layers else 1, 1, bias=False), nn.BatchNorm2d(c_out),
+                       nn.LeakyReLU(0.2)]
             c = c_out
         self.main = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, 1, 1))
         for layer in self.main:

@@ -21,7 +21,6 @@ import copy
 import csv
 import hashlib
 import itertools
-import json
 import math
 import os
 import pickle
@@ -51,16 +50,17 @@ CACHE = Path(os.environ.get("IFSQ_CACHE", Path.home() / ".cache" / "ifsq"))  # d
 # The defaults of the flags that --size decides. First the tokenizer's own: `multipliers` lists the widths from the full
 # resolution down, of which --downsample f takes the first log2(f) + 1. Then the schedule of each model.
 TOKENIZERS = {
-    "nano": dict(hidden=32, multipliers=[1, 2, 2, 4, 4, 4], num_res_blocks=1, image_size=[32], downsample=8, perceptual_weight=0.0,
-                 disc_start=-1, disc_layers=3),
-    "paper": dict(hidden=128, multipliers=[1, 1, 2, 4, 4, 4], num_res_blocks=2, image_size=[256], downsample=16, perceptual_weight=1.0,
-                  disc_start=50_000, disc_layers=4),
+    "nano": dict(hidden=32, multipliers=[1, 2, 2, 4, 4, 4], num_res_blocks=1, image_size=[32], downsample=8,
+                 perceptual_weight=0.0, disc_start=-1, disc_layers=3),
+    "paper": dict(hidden=128, multipliers=[1, 1, 2, 4, 4, 4], num_res_blocks=2, image_size=[256], downsample=16,
+                  perceptual_weight=1.0, disc_start=50_000, disc_layers=4),
 }
 SCHEDULES = {
     ("tokenizer", "nano"): dict(steps=2000, batch_size=16, lr=2e-3, weight_decay=0.0, warmup=50, ema_decay=0.995),
     ("tokenizer", "paper"): dict(steps=500_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0, ema_decay=0.999),
     ("llamagen", "nano"): dict(steps=1500, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=100, ema_decay=0.99, dropout=0.0),
-    ("llamagen", "paper"): dict(steps=250_000, batch_size=256, lr=1e-4, weight_decay=0.05, warmup=0, ema_decay=0.9999, dropout=0.1),
+    ("llamagen", "paper"): dict(steps=250_000, batch_size=256, lr=1e-4, weight_decay=0.05, warmup=0, ema_decay=0.9999,
+                                dropout=0.1),
     ("dit", "nano"): dict(steps=1500, batch_size=64, lr=1e-3, weight_decay=0.0, warmup=100, ema_decay=0.99),
     ("dit", "paper"): dict(steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0, ema_decay=0.9999),
 }
@@ -79,76 +79,96 @@ class UsageError(Exception):
 
 def parse_args(argv=None):
     """The command line as a namespace, with the defaults of the chosen size filled in."""
-    tokenizer = lambda name: " ".join(f"{size} {preset[name]}" for size, preset in TOKENIZERS.items()).translate({91: None, 93: None})
-    schedule = lambda name: ", ".join(f"{model} {size} {preset[name]}" for (model, size), preset in SCHEDULES.items() if name in preset)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    tokenizer = lambda name: " ".join(f"{size} {preset[name]}"
+                                      for size, preset in TOKENIZERS.items()).translate({91: None, 93: None})
+    schedule = lambda name: ", ".join(f"{model} {size} {preset[name]}"
+                                      for (model, size), preset in SCHEDULES.items() if name in preset)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("--model", choices=list(SIZES), default="llamagen", help="what to train (default: llamagen)")
     add("--size", help="; ".join(f"{model}: {' '.join(sizes)}" for model, sizes in SIZES.items())
         + " (default: nano without a GPU, else L, tokenizer paper). nano has a schedule of its own, all others the paper's")
 
     group = parser.add_argument_group("data").add_argument
-    group("--data", default="shapes", metavar="{shapes,cifar10,DIR}", help="built-in drawings, CIFAR-10 (downloaded), or a folder: of "
-          "class folders, of train/ and val/ with class folders, or of images (default: shapes)")
-    group("--image-size", type=int, nargs="+", metavar="PX", help=f"side of the square crop, or height and width, pixels (default: {tokenizer('image_size')})")
+    group("--data", default="shapes", metavar="{shapes,cifar10,DIR}", help="built-in drawings, CIFAR-10 (downloaded), "
+          "or a folder: of class folders, of train/ and val/ with class folders, or of images (default: shapes)")
+    group("--image-size", type=int, nargs="+", metavar="PX", help="side of the square crop, or height and width, pixels "
+          f"(default: {tokenizer('image_size')})")
     group("--unconditional", action="store_true", help="forget the classes: the generator learns all images as one class")
     group("--num-workers", type=int, metavar="N", help="processes that decode images (default: 8 a GPU, 0 on the CPU)")
-    group("--skip-bad-images", action="store_true", help="read every image once at the start, and leave out and count the unreadable ones")
+    group("--skip-bad-images", action="store_true", help="read every image once at the start, and leave out and count "
+          "the unreadable ones")
 
     group = parser.add_argument_group("tokenizer").add_argument
     group("--tokenizer", metavar="CKPT", help="trained tokenizer for a generator, which replaces the flags below "
           "(default: OUT/tokenizer/ckpt.pt, trained first as far as it is missing)")
     group("--tokenizer-steps", type=int, metavar="N", help="steps of that first stage (default: those of --model tokenizer)")
     group("--quantizer", choices=QUANTIZERS, default="ifsq", help="bottleneck (default: ifsq)")
-    group("--levels", type=int, nargs="+", default=[17] * 4, metavar="L", help="code values of each latent channel; their number is "
-          "the number of channels for every bottleneck (default: 17 17 17 17)")
+    group("--levels", type=int, nargs="+", default=[17] * 4, metavar="L", help="code values of each latent channel; "
+          "their number is the number of channels for every bottleneck (default: 17 17 17 17)")
     group("--alpha", type=float, help="slope of the quantizer's sigmoid (default: 1.6 for ifsq, 2.0 for fsq)")
-    group("--edges", choices=["half", "full"], default="half", help="outer bins half as wide, as in the paper, or as wide as the others (default: half)")
+    group("--edges", choices=["half", "full"], default="half", help="outer bins half as wide, as in the paper, or as wide "
+          "as the others (default: half)")
     group("--codebook-size", type=int, metavar="N", help="vectors of the vq codebook (default: the product of the levels)")
-    group("--downsample", type=int, metavar="F", help=f"image side over latent side, a power of 2 (default: {tokenizer('downsample')})")
-    group("--perceptual-weight", type=float, metavar="W", help=f"weight of LPIPS in the loss (default: {tokenizer('perceptual_weight')})")
+    group("--downsample", type=int, metavar="F", help="image side over latent side, a power of 2 "
+          f"(default: {tokenizer('downsample')})")
+    group("--perceptual-weight", type=float, metavar="W", help="weight of LPIPS in the loss "
+          f"(default: {tokenizer('perceptual_weight')})")
     group("--vae-weight", type=float, default=1e-6, metavar="W", help="weight of the vae's KL, nats an image (default: 1e-6)")
-    group("--disc-start", type=int, metavar="STEP", help=f"step from which the discriminator plays, -1 never (default: {tokenizer('disc_start')})")
-    group("--disc-weight", type=float, default=0.5, metavar="W", help="weight of the adversarial loss before its adaptive weight (default: 0.5)")
-    group("--disc-layers", type=int, metavar="N", help=f"depth of the discriminator: 4 needs images of 48 px, 3 of 24 px (default: {tokenizer('disc_layers')})")
+    group("--disc-start", type=int, metavar="STEP", help="step from which the discriminator plays, -1 never "
+          f"(default: {tokenizer('disc_start')})")
+    group("--disc-weight", type=float, default=0.5, metavar="W", help="weight of the adversarial loss "
+          "before its adaptive weight (default: 0.5)")
+    group("--disc-layers", type=int, metavar="N", help="depth of the discriminator: 4 needs images of 48 px, 3 of 24 px "
+          f"(default: {tokenizer('disc_layers')})")
 
     group = parser.add_argument_group("generator").add_argument
-    group("--token-groups", type=int, metavar="G", help="digits that LlamaGen cuts a token into (default: the fewest that keep each "
-          "digit's vocabulary within 4096, so 17 17 17 17 becomes 2 x 289)")
+    group("--token-groups", type=int, metavar="G", help="digits that LlamaGen cuts a token into (default: the fewest that keep "
+          "each digit's vocabulary within 4096, so 17 17 17 17 becomes 2 x 289)")
     group("--patch-size", type=int, default=1, metavar="P", help="side of DiT's patches, latent positions (default: 1)")
     group("--dropout", type=float, metavar="P", help=f"dropout of LlamaGen (default: {schedule('dropout')})")
-    group("--class-dropout", type=float, default=0.1, metavar="P", help="share of labels hidden in training, for guidance (default: 0.1)")
-    group("--crops", type=int, default=1, metavar="N", help="crops of each image in the token cache: the centre and N - 1 random "
-          "ones, each with its mirror image (default: 1)")
-    group("--cache-dir", type=Path, default=Path("out/cache"), metavar="DIR", help="folder of the token caches (default: %(default)s)")
-    group("--grad-checkpoint", action="store_true", help="recompute each layer in the backward pass: less memory, a third more time")
+    group("--class-dropout", type=float, default=0.1, metavar="P", help="share of labels hidden in training, for guidance "
+          "(default: 0.1)")
+    group("--crops", type=int, default=1, metavar="N", help="crops of each image in the token cache: the centre and N - 1 "
+          "random ones, each with its mirror image (default: 1)")
+    group("--cache-dir", type=Path, default=Path("out/cache"), metavar="DIR", help="folder of the token caches "
+          "(default: %(default)s)")
+    group("--grad-checkpoint", action="store_true", help="recompute each layer in the backward pass: less memory, "
+          "a third more time")
 
     group = parser.add_argument_group("training").add_argument
     group("--steps", type=int, help=f"optimiser steps in all (default: {schedule('steps')})")
     group("--batch-size", type=int, metavar="B", help=f"images a step, over all processes (default: {schedule('batch_size')})")
-    group("--grad-accum", type=int, default=1, metavar="N", help="parts in which each process works through its share of the batch (default: 1)")
+    group("--grad-accum", type=int, default=1, metavar="N", help="parts in which each process works through its "
+          "share of the batch (default: 1)")
     group("--lr", type=float, help=f"AdamW learning rate, constant after the warm-up (default: {schedule('lr')})")
     group("--weight-decay", type=float, metavar="W", help=f"AdamW weight decay (default: {schedule('weight_decay')})")
-    group("--warmup", type=int, metavar="STEPS", help=f"steps over which the learning rate rises linearly (default: {schedule('warmup')})")
+    group("--warmup", type=int, metavar="STEPS", help="steps over which the learning rate rises linearly "
+          f"(default: {schedule('warmup')})")
     group("--grad-clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm, 0 for no limit (default: 1.0)")
-    group("--ema-decay", type=float, metavar="D", help=f"decay of the averaged weights, which are the ones evaluated (default: {schedule('ema_decay')})")
-    group("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="arithmetic of the networks; the weights stay fp32 "
-          "(default: auto = bf16 where the hardware has it)")
+    group("--ema-decay", type=float, metavar="D", help="decay of the averaged weights, which are the ones evaluated "
+          f"(default: {schedule('ema_decay')})")
+    group("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="arithmetic of the networks; the weights "
+          "stay fp32 (default: auto = bf16 where the hardware has it)")
     group("--compile", action="store_true", help="torch.compile the network")
     group("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
     group("--seed", type=int, default=0, help="default: 0")
 
     group = parser.add_argument_group("files").add_argument
     group("--out", type=Path, metavar="DIR", help="folder of checkpoint, log and pictures (default: out/MODEL-DATA)")
-    group("--resume", nargs="?", const="OUT", metavar="CKPT", help="continue from CKPT, or from OUT/ckpt.pt without an argument")
+    group("--resume", nargs="?", const="OUT", metavar="CKPT",
+          help="continue from CKPT, or from OUT/ckpt.pt without an argument")
     group("--init-from", metavar="CKPT", help="start a new run from the averaged weights of CKPT")
-    group("--pretrained", type=Path, default=CACHE, metavar="DIR", help="folder of pretrained weights: where they are looked for, and downloaded to (default: %(default)s)")
+    group("--pretrained", type=Path, default=CACHE, metavar="DIR", help="folder of pretrained weights: "
+          "where they are looked for, and downloaded to (default: %(default)s)")
     group("--save-every", type=int, default=1000, metavar="STEPS", help="default: 1000")
     group("--eval-every", type=int, default=250, metavar="STEPS", help="validation and picture (default: 250)")
     group("--log-every", type=int, default=50, metavar="STEPS", help="a row in log.csv, means since the last (default: 50)")
     args = parser.parse_args(argv)
 
-    args.size = args.size or ("nano" if pick_device(args.device).type == "cpu" else "paper" if args.model == "tokenizer" else "L")
+    args.size = args.size or ("nano" if pick_device(args.device).type == "cpu"
+                              else "paper" if args.model == "tokenizer" else "L")
     if args.size not in SIZES[args.model]:
         raise UsageError(f"--model {args.model} has no --size {args.size}: choose from {' '.join(SIZES[args.model])}")
     if args.tokenizer:
@@ -182,12 +202,15 @@ def check_args(args):
     if f < 1 or f & (f - 1) or f > 2 ** (len(args.multipliers) - 1):
         raise UsageError(f"--downsample must be a power of 2 up to {2 ** (len(args.multipliers) - 1)}, not {f}")
     if any(side % f for side in args.image_size):
-        raise UsageError(f"--image-size {' '.join(map(str, args.image_size))} is not a multiple of --downsample {f}: change one of them")
+        raise UsageError(f"--image-size {' '.join(map(str, args.image_size))} is not a multiple of --downsample {f}: "
+                         "change one of them")
     needed = {4: 48, 3: 24}.get(args.disc_layers, 16)
     if args.disc_start >= 0 and min(args.image_size) < needed:
-        raise UsageError(f"a discriminator of {args.disc_layers} layers needs images of {needed} px: lower --disc-layers or set --disc-start -1")
+        raise UsageError(f"a discriminator of {args.disc_layers} layers needs images of {needed} px: "
+                         "lower --disc-layers or set --disc-start -1")
     if args.model == "llamagen" and args.quantizer in ("vae", "ae"):
-        raise UsageError(f"--model llamagen predicts integers, which the {args.quantizer} tokenizer does not have: use --model dit or another --quantizer")
+        raise UsageError(f"--model llamagen predicts integers, which the {args.quantizer} tokenizer does not have: "
+                         "use --model dit or another --quantizer")
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -253,7 +276,8 @@ class Folder(Dataset):
         try:
             return read_image(self.paths[index]), self.labels[index]
         except Exception as error:  # PIL has a dozen ways to say that a file is broken
-            raise UsageError(f"cannot read the image {self.paths[index]} ({error}): repair or remove it, or pass --skip-bad-images")
+            raise UsageError(f"cannot read the image {self.paths[index]} ({error}): "
+                             "repair or remove it, or pass --skip-bad-images")
 
 
 def read_image(path):
@@ -292,7 +316,8 @@ def open_folder(folder, split):
         paths, labels, classes = find_images(folder / split)
         known = find_images(folder / "train")[2] if split == "val" else classes
         if set(classes) - set(known):
-            raise UsageError(f"--data {folder}: classes in val but not in train: {', '.join(sorted(set(classes) - set(known))[:5])}")
+            raise UsageError(f"--data {folder}: classes in val but not in train: "
+                             f"{', '.join(sorted(set(classes) - set(known))[:5])}")
         return Folder(paths, [known.index(classes[label]) for label in labels], known)
     paths, labels, classes = find_images(parts[0] if len(parts) == 1 else folder)
     if split == "all":
@@ -518,7 +543,8 @@ def fetch(name, folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except (OSError, RuntimeError) as error:
-        raise UsageError(f"{name} could not be downloaded from {url} ({error}): put it into {path.parent}, or name its folder with --pretrained")
+        raise UsageError(f"{name} could not be downloaded from {url} ({error}): "
+                         f"put it into {path.parent}, or name its folder with --pretrained")
     return path
 
 
@@ -560,9 +586,11 @@ def load_checkpoint(path):
 def check_resume(args, saved):
     """Raise UsageError, naming each, if flags that change the computation differ from those in the checkpoint `saved`."""
     was, now = saved["args"], plain_args(args)
-    changed = [f"--{k.replace('_', '-')} was {was.get(k)}, is {v}" for k, v in now.items() if k not in HARMLESS and was.get(k) != v]
+    changed = [f"--{k.replace('_', '-')} was {was.get(k)}, is {v}" for k, v in now.items()
+               if k not in HARMLESS and was.get(k) != v]
     if changed:
-        raise UsageError(f"cannot continue the run in {args.out} with other settings ({'; '.join(changed)}): repeat them, or choose another --out")
+        raise UsageError(f"cannot continue the run in {args.out} with other settings ({'; '.join(changed)}): "
+                         "repeat them, or choose another --out")
 
 
 def plain_args(args):
@@ -615,8 +643,8 @@ class Log:
         """Raise UsageError if a loss or a gradient since the last row was not finite: its traces are in the weights."""
         bad = [name for name, (total, _) in self.state().items() if not math.isfinite(total)]
         if bad:
-            raise UsageError(f"{', '.join(bad)} became non-finite by step {step}: nothing was saved since the last good checkpoint; "
-                             "lower --lr or raise --warmup, and --resume")
+            raise UsageError(f"{', '.join(bad)} became non-finite by step {step}: nothing was saved since the last good "
+                             "checkpoint; lower --lr or raise --warmup, and --resume")
 
     def write(self, row):
         if self.path is None:
@@ -652,7 +680,8 @@ def fit(args, processes, saved, parts, batches, turn, losses, validate, header):
             part.load_state_dict(saved[name])
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out / "log.csv" if rank == 0 else None, start, saved["log"] if saved else {})
-    bar = tqdm(total=args.steps, initial=start, disable=None if rank == 0 else True, unit="step", smoothing=0.05, desc=args.model)
+    bar = tqdm(total=args.steps, initial=start, disable=None if rank == 0 else True, unit="step", smoothing=0.05,
+               desc=args.model)
     clock, clock_step, extra = time.perf_counter(), start, {}
 
     for step in range(start, args.steps):
@@ -697,8 +726,8 @@ def fit(args, processes, saved, parts, batches, turn, losses, validate, header):
         if saving:
             log.check(done)
             if rank == 0:
-                save_checkpoint(path, {"format": 1, "args": plain_args(args), "step": done, "log": log.state(), **header, **extra,
-                                       **{name: part.state_dict() for name, part in parts.items()}})
+                save_checkpoint(path, {"format": 1, "args": plain_args(args), "step": done, "log": log.state(), **header,
+                                       **extra, **{name: part.state_dict() for name, part in parts.items()}})
     bar.close()
     processes.barrier()  # the others may read it next
     return path
@@ -716,7 +745,8 @@ def saved_state(args):
 
 def load_batches(args, processes, dataset, saved):
     """Endless iterator of this process's micro-batches of `dataset`, from the saved step on."""
-    batches = Batches(len(dataset), args.batch_size, saved["step"] if saved else 0, args.seed, processes.rank, processes.world, args.grad_accum)
+    batches = Batches(len(dataset), args.batch_size, saved["step"] if saved else 0, args.seed, processes.rank,
+                      processes.world, args.grad_accum)
     cuda = processes.device.type == "cuda"
     workers = args.num_workers if args.num_workers is not None else 8 if cuda else 0
     return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=cuda))
@@ -742,8 +772,8 @@ def build_tokenizer(args):
     """The Tokenizer that a dictionary of flags describes: vars(args), or the "args" of a checkpoint."""
     depth = int(math.log2(args["downsample"])) + 1
     try:
-        return Tokenizer(args["quantizer"], args["levels"], args["alpha"], args["edges"], args["hidden"], args["multipliers"][:depth],
-                         args["num_res_blocks"], codebook_size=args["codebook_size"])
+        return Tokenizer(args["quantizer"], args["levels"], args["alpha"], args["edges"], args["hidden"],
+                         args["multipliers"][:depth], args["num_res_blocks"], codebook_size=args["codebook_size"])
     except ValueError as error:
         raise UsageError(f"{error}")
 
@@ -762,7 +792,7 @@ def validate_tokenizer(model, images, processes, batch_size=64, limit=1000):
     """
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64)                                        # images, sum of L1, sum of PSNR
-    moments = torch.zeros(3, len(model.post_quant_conv.weight[0]), dtype=torch.float64)  # of each channel: n, sum, sum of squares
+    moments = torch.zeros(3, len(model.post_quant_conv.weight[0]), dtype=torch.float64)  # per channel: n, sum, sum of squares
     usage = CodeUsage(model.levels) if model.discrete else None
     for part in spread(images, limit)[processes.rank :: processes.world].split(batch_size):
         x = torch.stack([images[i][0] for i in part.tolist()])                          # (B,3,H,W) uint8
@@ -822,7 +852,8 @@ def train_tokenizer(args):
     if saved:
         check_resume(args, saved)
     processes = start_processes(args)
-    train_images, val_images = (open_images(args.data, split, args.image_size, args.seed, args.skip_bad_images) for split in ("train", "val"))
+    train_images, val_images = (open_images(args.data, split, args.image_size, args.seed, args.skip_bad_images)
+                                for split in ("train", "val"))
     batches = load_batches(args, processes, train_images, saved)
 
     # `model` is the plain module, `net` what is called in training: compiled, its gradients averaged over processes
@@ -839,8 +870,9 @@ def train_tokenizer(args):
         parts.update(critic=critic, critic_optimizer=adamw(critic.parameters()))
         critic = processes.wrap(critic, broadcast_buffers=False)
     lpips = load_lpips("vgg", args.pretrained).to(device) if args.perceptual_weight else None
-    describe(processes, model, f"tokenizer {args.size}: {args.quantizer} {' '.join(map(str, args.levels))} at {args.downsample}x down; {args.data}: "
-             f"{len(train_images)} train and {len(val_images)} val images of {args.image_size[0]} x {args.image_size[1]}")
+    describe(processes, model, f"tokenizer {args.size}: {args.quantizer} {' '.join(map(str, args.levels))} "
+             f"at {args.downsample}x down; {args.data}: {len(train_images)} train and {len(val_images)} val images "
+             f"of {args.image_size[0]} x {args.image_size[1]}")
 
     def turn(step):
         critics = 0 <= args.disc_start <= step and step % 2
@@ -856,15 +888,16 @@ def train_tokenizer(args):
             draw_reconstructions(args.out / "reconstructions.png", parts["ema"], val_images, processes)
         return found, {"latents": latents}
 
-    return fit(args, processes, saved, parts, batches, turn, losses, validate, {"kind": "tokenizer", "classes": train_images.classes})
+    return fit(args, processes, saved, parts, batches, turn, losses, validate,
+               {"kind": "tokenizer", "classes": train_images.classes})
 
 
 def first_stage(args):
     """The path of the finished tokenizer OUT/tokenizer/ckpt.pt of a generator, trained now as far as it is missing."""
     stage = copy.copy(args)
     preset = "nano" if args.size == "nano" else "paper"
-    vars(stage).update(SCHEDULES["tokenizer", preset], model="tokenizer", size=preset, out=args.out / "tokenizer", init_from=None, resume=None,
-                       grad_accum=1)
+    vars(stage).update(SCHEDULES["tokenizer", preset], model="tokenizer", size=preset, out=args.out / "tokenizer",
+                       init_from=None, resume=None, grad_accum=1)
     stage.steps = args.tokenizer_steps or stage.steps
     path = stage.out / "ckpt.pt"
     if path.exists():
@@ -899,7 +932,8 @@ class Tokens(Dataset):
     def __getitem__(self, key):
         index, epoch = key if isinstance(key, tuple) else (key, None)
         view = 0 if epoch is None else seed_of(self.seed, epoch, index) % self.views
-        codes = torch.from_numpy(np.asarray(self.codes[index, view], dtype=np.int64 if self.codes.dtype.kind in "iu" else np.float32))
+        codes = torch.from_numpy(np.asarray(self.codes[index, view],
+                                            dtype=np.int64 if self.codes.dtype.kind in "iu" else np.float32))
         return codes, int(self.labels[index])
 
 
@@ -928,7 +962,8 @@ def cache_tokens(args, processes, checkpoint, tokenizer, images, split, views, b
     folder = args.cache_dir / f"{split}-{cache_key(checkpoint, images, args.data, split, views)}"
     unfinished = folder.with_name(folder.name + ".tmp")
     h, w = (side // tokenizer.downsample for side in args.image_size)
-    shape, dtype = ((h * w,), smallest_integer(math.prod(tokenizer.levels))) if tokenizer.discrete else ((len(tokenizer.levels), h, w), np.float16)
+    shape, dtype = (((h * w,), smallest_integer(math.prod(tokenizer.levels))) if tokenizer.discrete
+                    else ((len(tokenizer.levels), h, w), np.float16))
     shape = (len(images), views, *shape)
     if processes.sum(torch.tensor(float(not folder.is_dir()))):  # the same answer for all: they wait for each other below
         if processes.rank == 0:
@@ -957,7 +992,7 @@ def cache_tokens(args, processes, checkpoint, tokenizer, images, split, views, b
 
 
 def create_array(path, shape, dtype):
-    """An empty .npy file, alone in a new folder, whose space is reserved: a full disk is met here, not as a crash in writing."""
+    """An empty .npy file, alone in a new folder, its space reserved: a full disk is met here, not as a crash in writing."""
     shutil.rmtree(path.parent, ignore_errors=True)
     try:
         path.parent.mkdir(parents=True)
@@ -1005,7 +1040,8 @@ def load_stage(checkpoint, image_size, device):
     tokenizer = build_tokenizer(checkpoint["args"]).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     load_weights(tokenizer, checkpoint["ema"], "the tokenizer")
     if not checkpoint.get("latents"):
-        raise UsageError("this tokenizer checkpoint lacks the mean and standard deviation of its latents, which DiT needs: train it with train.py")
+        raise UsageError("this tokenizer checkpoint lacks the mean and standard deviation of its latents, which DiT needs: "
+                         "train it with train.py")
     mean, std = (torch.tensor(checkpoint["latents"][name], device=device).view(1, -1, 1, 1) for name in ("mean", "std"))
     return Stage(tokenizer, mean, std.clamp(min=1e-6), tuple(side // tokenizer.downsample for side in image_size))
 
@@ -1022,8 +1058,8 @@ def build_generator(args, levels, num_classes):
         groups = args["token_groups"] or next((g for g in range(1, len(levels) + 1) if len(levels) % g == 0
                                                and max(llamagen.group_vocab(levels, g)) <= 4096), 1)
         n_layer, n_head, dim = llamagen.SIZES[args["size"]]
-        return llamagen.LlamaGen(grid=grid, vocab_sizes=llamagen.group_vocab(levels, groups), n_layer=n_layer, n_head=n_head, dim=dim,
-                                 dropout=args["dropout"], class_dropout=args["class_dropout"], **common)
+        return llamagen.LlamaGen(grid=grid, vocab_sizes=llamagen.group_vocab(levels, groups), n_layer=n_layer, n_head=n_head,
+                                 dim=dim, dropout=args["dropout"], class_dropout=args["class_dropout"], **common)
     except ValueError as error:
         raise UsageError(f"{error}")
 
@@ -1106,7 +1142,7 @@ def draw_samples(path, model, stage, classes, seed, processes, settings, per_cla
 
 
 def train_generator(args):
-    """Train LlamaGen or DiT on the tokens of --data; trains the tokenizer first if there is none. Returns the checkpoint's path."""
+    """Train LlamaGen or DiT on the tokens of --data; first the tokenizer, if there is none. Returns the checkpoint's path."""
     saved = saved_state(args)
     checkpoint = saved["tokenizer"] if saved else load_checkpoint(args.tokenizer or first_stage(args))
     if checkpoint["kind"] != "tokenizer":
@@ -1117,7 +1153,8 @@ def train_generator(args):
     processes = start_processes(args)
     device = processes.device
     stage = load_stage(checkpoint, args.image_size, device)
-    train_images, val_images = (open_images(args.data, split, args.image_size, args.seed, args.skip_bad_images) for split in ("train", "val"))
+    train_images, val_images = (open_images(args.data, split, args.image_size, args.seed, args.skip_bad_images)
+                                for split in ("train", "val"))
     train_tokens = cache_tokens(args, processes, checkpoint, stage.tokenizer, train_images, "train", 2 * args.crops)
     val_tokens = cache_tokens(args, processes, checkpoint, stage.tokenizer, val_images, "val", 1)
     batches = load_batches(args, processes, train_tokens, saved)
@@ -1134,8 +1171,8 @@ def train_generator(args):
     if args.model == "dit":
         settings["sample_steps"] = 50  # enough for a look
     describe(processes, model, f"{args.model} {args.size}: {stage.grid[0]} x {stage.grid[1]} tokens of "
-             f"{stage.tokenizer.quantizer} {' '.join(map(str, stage.tokenizer.levels))}; {args.data}: {len(train_tokens)} images x {train_tokens.views} views, "
-             f"{len(classes)} classes")
+             f"{stage.tokenizer.quantizer} {' '.join(map(str, stage.tokenizer.levels))}; {args.data}: "
+             f"{len(train_tokens)} images x {train_tokens.views} views, {len(classes)} classes")
 
     def validate():
         found = validate_generator(args, parts["ema"], stage, val_tokens, processes)

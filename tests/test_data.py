@@ -43,7 +43,8 @@ def test_crop_to_a_rectangle_covers_and_keeps_the_aspect():
     assert torch.equal(crop(image, (50, 50), flip=True), x.flip(2))
 
 
-@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("1", "png"), ("CMYK", "jpg"), ("RGB", "webp")])
+@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("1", "png"),
+                                          ("CMYK", "jpg"), ("RGB", "webp")])
 def test_every_mode_reads_as_rgb(tmp_path, mode, suffix):
     image = read_image(paint(tmp_path / f"a.{suffix}", mode=mode, colour=(255, 255, 255)))
     assert image.mode == "RGB" and np.asarray(image).min() > 250
@@ -148,7 +149,8 @@ def test_batches_resume_and_split_without_changing():
     assert [sum(parts[4 * s:4 * s + 4], []) for s in range(9)] == whole
 
 
-@pytest.mark.parametrize("kwargs, words", [(dict(batch_size=12, world=5), "cannot be divided"), (dict(batch_size=64), "larger than the 50")])
+@pytest.mark.parametrize("kwargs, words", [(dict(batch_size=12, world=5), "cannot be divided"),
+                                           (dict(batch_size=64), "larger than the 50")])
 def test_impossible_batches_are_refused(kwargs, words):
     with pytest.raises(UsageError, match=words):
         Batches(50, start=0, seed=0, **kwargs)

@@ -11,7 +11,8 @@ import evaluate
 import train
 from evaluate import ssim
 
-TINY = ["--model", "tokenizer", "--size", "nano", "--device", "cpu", "--dtype", "fp32", "--image-size", "24", "--batch-size", "4", "--downsample", "2", "--steps", "2"]
+TINY = ["--model", "tokenizer", "--size", "nano", "--device", "cpu", "--dtype", "fp32", "--image-size", "24",
+        "--batch-size", "4", "--downsample", "2", "--steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,8 @@ def test_report_and_table(checkpoints, tmp_path, capsys):
     ifsq, ae = reports["ifsq-ckpt"], reports["ae-ckpt"]
     r = ifsq["results"]
     assert r["images"] == 20 and 5 < r["psnr"] < 40 and 0 < r["ssim"] < 1 and r["lpips"] is None
-    assert r["bits_per_pixel"] == pytest.approx(4 * 4.087463 / 4) and r["compression"] == pytest.approx(24 / r["bits_per_pixel"])
+    assert r["bits_per_pixel"] == pytest.approx(4 * 4.087463 / 4)
+    assert r["compression"] == pytest.approx(24 / r["bits_per_pixel"])
     assert r["codes"]["tokens"] == 20 * 12 * 12 and len(r["codes"]["channels"]) == 4
     assert ae["results"]["codes"] is None
     for text in ("ifsq-ckpt", "ae-ckpt", "psnr", f"{r['psnr']:.2f}", f"{r['codes']['codes_used']}/83521"):
@@ -76,8 +78,9 @@ def test_numbers_do_not_depend_on_batch_size_or_processes(checkpoints, tmp_path,
     flags = ["--split", "all", "--num-samples", "13", "--metrics", "psnr", "ssim", "codes"]
     one, _ = report(capsys, tmp_path / "one", path, *flags)
     odd, _ = report(capsys, tmp_path / "odd", path, *flags, "--batch-size", "5")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py", str(path), *flags,
-                    "--device", "cpu", "--out", str(tmp_path / "two")], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py",
+                    str(path), *flags, "--device", "cpu", "--out", str(tmp_path / "two")], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     two = {"ifsq-ckpt": json.loads((tmp_path / "two" / "ifsq-ckpt.json").read_text())}
     for other in (odd, two):
         for key in ("images", "psnr", "ssim", "codes"):
@@ -91,7 +94,8 @@ def test_missing_weights_are_reported_and_only_fatal_when_asked_for(checkpoints,
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(evaluate, "try_lpips", lambda args, size, device: original(args, [64, 64], device))
-    argv = [str(checkpoints / "ifsq" / "ckpt.pt"), "--device", "cpu", "--out", str(tmp_path / "out"), "--pretrained", str(tmp_path)]
+    argv = [str(checkpoints / "ifsq" / "ckpt.pt"), "--device", "cpu", "--out", str(tmp_path / "out"),
+            "--pretrained", str(tmp_path)]
     evaluate.main(argv)
     captured = capsys.readouterr()
     assert "n/a" in captured.out and "alexnet-owt-7be5be79.pth" in captured.err and str(tmp_path) in captured.err

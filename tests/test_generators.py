@@ -12,9 +12,11 @@ from test_train import assert_same, rows
 
 import evaluate
 import train
-from train import Images, Shapes, Tokens, UsageError, cache_tokens, load_checkpoint, load_stage, main, open_images, smallest_integer
+from train import (Images, Shapes, Tokens, UsageError, cache_tokens, load_checkpoint, load_stage, main, open_images,
+                   smallest_integer)
 
-COMMON = ["--size", "nano", "--device", "cpu", "--dtype", "fp32", "--batch-size", "4", "--log-every", "1", "--eval-every", "1000", "--save-every", "1000"]
+COMMON = ["--size", "nano", "--device", "cpu", "--dtype", "fp32", "--batch-size", "4", "--log-every", "1",
+          "--eval-every", "1000", "--save-every", "1000"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +33,14 @@ def tokenizers(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Shapes, "lengths", {"train": 24, "val": 8})
         for quantizer, levels in (("ifsq", ["9", "8", "9", "8"]), ("vae", ["2", "2", "2"])):
-            main(["--model", "tokenizer", *COMMON, "--image-size", "16", "24", "--downsample", "4", "--quantizer", quantizer, "--levels", *levels,
-                  "--steps", "2", "--out", str(folder / quantizer)])
+            main(["--model", "tokenizer", *COMMON, "--image-size", "16", "24", "--downsample", "4", "--quantizer", quantizer,
+                  "--levels", *levels, "--steps", "2", "--out", str(folder / quantizer)])
     return folder
 
 
 def run(out, tokenizer, *flags):
-    main([*COMMON, "--tokenizer", str(tokenizer / "ckpt.pt"), "--cache-dir", str(out.parent / "cache"), "--out", str(out), *flags])
+    main([*COMMON, "--tokenizer", str(tokenizer / "ckpt.pt"), "--cache-dir", str(out.parent / "cache"), "--out", str(out),
+          *flags])
     return load_checkpoint(out / "ckpt.pt")
 
 
@@ -51,19 +54,22 @@ def test_resume_is_bit_for_bit(tmp_path, tokenizers, model):
         del state["args"]
     assert_same(whole, parts)
     assert [row["loss"] for row in rows(tmp_path / "whole")] == [row["loss"] for row in rows(tmp_path / "parts")]
-    assert whole["kind"] == model and whole["classes"] == Shapes.classes and whole["tokenizer"]["args"]["levels"] == [9, 8, 9, 8]
+    assert whole["kind"] == model and whole["classes"] == Shapes.classes
+    assert whole["tokenizer"]["args"]["levels"] == [9, 8, 9, 8]
 
 
 @pytest.mark.parametrize("model, column", [("llamagen", "val_bits_per_token"), ("dit", "val_loss")])
 def test_training_learns(tmp_path, tokenizers, model, column):
-    run(tmp_path / "a", tokenizers / "ifsq", "--model", model, "--steps", "120", "--eval-every", "20", "--lr", "0.003", "--warmup", "5", "--ema-decay", "0.9")
+    run(tmp_path / "a", tokenizers / "ifsq", "--model", model, "--steps", "120", "--eval-every", "20",
+        "--lr", "0.003", "--warmup", "5", "--ema-decay", "0.9")
     losses = [float(row[column]) for row in rows(tmp_path / "a") if row[column]]
     assert losses[-1] < 0.95 * losses[0]
 
 
 def test_two_stages_from_nothing(tmp_path, monkeypatch, capsys):
     """Without --tokenizer the first stage is trained, found again by the next run, and refused if it is another one."""
-    flags = [*COMMON, "--image-size", "16", "--steps", "1", "--tokenizer-steps", "2", "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
+    flags = [*COMMON, "--image-size", "16", "--steps", "1", "--tokenizer-steps", "2", "--cache-dir", str(tmp_path / "cache"),
+             "--out", str(tmp_path / "run")]
     monkeypatch.setitem(train.SCHEDULES, ("tokenizer", "nano"), {**train.SCHEDULES["tokenizer", "nano"], "batch_size": 4})
     main(flags)
     state = load_checkpoint(tmp_path / "run" / "ckpt.pt")
@@ -144,7 +150,8 @@ def test_continuous_latents_are_cached_in_fp16(tokenizers, tmp_path):
 
 
 def test_smallest_integer():
-    assert [smallest_integer(n) for n in (2**16, 2**16 + 1, 17**4, 2**32, 2**32 + 1)] == [np.uint16, np.uint32, np.uint32, np.uint32, np.int64]
+    assert [smallest_integer(n) for n in (2**16, 2**16 + 1, 17**4, 2**32, 2**32 + 1)] == [
+        np.uint16, np.uint32, np.uint32, np.uint32, np.int64]
 
 
 def test_the_cache_feeds_dit_with_normalised_latents(tokenizers, tmp_path):
@@ -202,11 +209,13 @@ def test_ranks_draw_the_same_samples(generators, tmp_path, ranks):
     """Needs the sizes of this file in other processes, so it goes through a small launcher script."""
     launcher = tmp_path / "launcher.py"
     launcher.write_text("import sys; sys.path.insert(0, '.')\nimport train, evaluate\n"
-                        "train.llamagen.SIZES['nano'] = (2, 2, 32)\ntrain.Shapes.lengths = {'train': 24, 'val': 8}\nevaluate.main(sys.argv[1:])\n")
+                        "train.llamagen.SIZES['nano'] = (2, 2, 32)\ntrain.Shapes.lengths = {'train': 24, 'val': 8}\n"
+                        "evaluate.main(sys.argv[1:])\n")
     flags = [str(generators / "llamagen" / "ckpt.pt"), "--num-samples", "11", "--batch-size", "2"]
     one, _ = sampled(tmp_path / "one", *flags)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(launcher), *flags, "--save-npz",
-                    "--device", "cpu", "--out", str(tmp_path / "many")], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(launcher),
+                    *flags, "--save-npz", "--device", "cpu", "--out", str(tmp_path / "many")], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     assert np.array_equal(one["llamagen-ckpt"]["arr_0"], np.load(tmp_path / "many" / "llamagen-ckpt.npz")["arr_0"])
 
 
@@ -215,8 +224,9 @@ def test_two_processes_train_both_stages(tmp_path):
     launcher = tmp_path / "launcher.py"
     launcher.write_text("import sys; sys.path.insert(0, '.')\nimport train\ntrain.llamagen.SIZES['nano'] = (2, 2, 32)\n"
                         "train.Shapes.lengths = {'train': 24, 'val': 8}\ntrain.main(sys.argv[1:])\n")
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(launcher), *COMMON, "--image-size",
-                             "16", "--steps", "3", "--tokenizer-steps", "2", "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "run")],
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(launcher),
+                             *COMMON, "--image-size", "16", "--steps", "3", "--tokenizer-steps", "2",
+                             "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "run")],
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     state = load_checkpoint(tmp_path / "run" / "ckpt.pt")
@@ -230,13 +240,15 @@ def test_two_processes_train_both_stages(tmp_path):
 
 
 def test_pictures_and_files(generators, tmp_path):
-    sampled(tmp_path, generators / "llamagen" / "ckpt.pt", "--num-samples", "20", "--save-images", "--labels", "random", "--cfg-scale", "1.5", "--top-k", "3")
+    sampled(tmp_path, generators / "llamagen" / "ckpt.pt", "--num-samples", "20", "--save-images", "--labels", "random",
+            "--cfg-scale", "1.5", "--top-k", "3")
     assert len(list((tmp_path / "llamagen-ckpt").glob("*.png"))) == 20
     npz = np.load(tmp_path / "llamagen-ckpt.npz")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "llamagen-ckpt" / "000007.png")), npz["arr_0"][7])
     assert Image.open(tmp_path / "llamagen-ckpt.png").width > 10 * 24
     report = json.loads((tmp_path / "llamagen-ckpt.json").read_text())
-    assert report["sampling"] == {"cfg_scale": 1.5, "cfg_interval": -1, "temperature": 1.0, "top_k": 3, "top_p": 1.0} and report["labels"] == "random"
+    assert report["sampling"] == {"cfg_scale": 1.5, "cfg_interval": -1, "temperature": 1.0, "top_k": 3, "top_p": 1.0}
+    assert report["labels"] == "random"
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -262,9 +274,11 @@ def test_a_checkpoint_is_enough(generators, tmp_path, capsys):
     (["--tokenizer", "{ifsq}", "--init-from", "{ifsq}"], "do not fit this model"),
 ])
 def test_mistakes_in_training_end_in_one_line(tokenizers, generators, tmp_path, capsys, flags, words):
-    names = {"vae": tokenizers / "vae" / "ckpt.pt", "ifsq": tokenizers / "ifsq" / "ckpt.pt", "generator": generators / "llamagen" / "ckpt.pt"}
+    names = {"vae": tokenizers / "vae" / "ckpt.pt", "ifsq": tokenizers / "ifsq" / "ckpt.pt",
+             "generator": generators / "llamagen" / "ckpt.pt"}
     with pytest.raises(SystemExit) as stop:
-        main([*COMMON, "--steps", "1", "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "out"), *(flag.format(**names) for flag in flags)])
+        main([*COMMON, "--steps", "1", "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "out"),
+              *(flag.format(**names) for flag in flags)])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
 
@@ -277,6 +291,7 @@ def test_mistakes_in_training_end_in_one_line(tokenizers, generators, tmp_path, 
 ])
 def test_mistakes_in_sampling_end_in_one_line(generators, tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
-        evaluate.main([str(generators / "llamagen" / "ckpt.pt"), "--device", "cpu", "--num-samples", "2", "--out", str(tmp_path), *flags])
+        evaluate.main([str(generators / "llamagen" / "ckpt.pt"), "--device", "cpu", "--num-samples", "2",
+                       "--out", str(tmp_path), *flags])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1

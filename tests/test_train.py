@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import train
-from train import (Log, UsageError, check_resume, fetch, load_checkpoint, main, parse_args, pick_dtype, save_checkpoint, seed_of,
-                   update_ema)
+from train import (Log, UsageError, check_resume, fetch, load_checkpoint, main, parse_args, pick_dtype, save_checkpoint,
+                   seed_of, update_ema)
 
-TINY = ["--model", "tokenizer", "--size", "nano", "--device", "cpu", "--dtype", "fp32", "--image-size", "24", "--batch-size", "4", "--downsample", "2",
-        "--log-every", "1", "--eval-every", "1000", "--save-every", "1000", "--warmup", "2"]
+TINY = ["--model", "tokenizer", "--size", "nano", "--device", "cpu", "--dtype", "fp32", "--image-size", "24",
+        "--batch-size", "4", "--downsample", "2", "--log-every", "1", "--eval-every", "1000",
+        "--save-every", "1000", "--warmup", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,8 @@ def rows(out):
     return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(open(Path(out) / "log.csv"))]
 
 
-@pytest.mark.parametrize("flags", [["--quantizer", "ifsq"], ["--quantizer", "vae"], ["--disc-start", "3", "--log-every", "2"]], ids=["ifsq", "vae", "gan"])
+@pytest.mark.parametrize("flags", [["--quantizer", "ifsq"], ["--quantizer", "vae"], ["--disc-start", "3", "--log-every", "2"]],
+                         ids=["ifsq", "vae", "gan"])
 def test_resume_is_bit_for_bit(tmp_path, flags):
     """Weights, EMA, both optimizers, discriminator and logged losses of 6 steps = 3 + resume + 3."""
     whole = run(tmp_path / "whole", *flags, "--steps", "6", "--save-every", "3")
@@ -76,14 +78,16 @@ def test_two_processes_equal_one(tmp_path):
     flags = [*TINY, "--steps", "1", "--data", str(make_images(tmp_path / "data"))]
     one = main([*flags, "--out", str(tmp_path / "one")]) or load_checkpoint(tmp_path / "one" / "ckpt.pt")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, "train.py", *flags, "--out", str(tmp_path / "two")], check=True, env=environment(), capture_output=True)
+    subprocess.run([*torchrun, "train.py", *flags, "--out", str(tmp_path / "two")], check=True, env=environment(),
+                   capture_output=True)
     two = load_checkpoint(tmp_path / "two" / "ckpt.pt")
     assert_same_gradient(one, two)
     a, b = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert float(b[-1]["val_psnr"]) == pytest.approx(float(a[-1]["val_psnr"]), abs=1e-3)
     assert float(b[-1]["grad_norm"]) == pytest.approx(float(a[-1]["grad_norm"]), rel=1e-3)
     flags[flags.index("--steps") + 1] = "5"
-    result = subprocess.run([*torchrun, "train.py", *flags, "--disc-start", "2", "--out", str(tmp_path / "gan")], env=environment(), capture_output=True, text=True)
+    result = subprocess.run([*torchrun, "train.py", *flags, "--disc-start", "2", "--out", str(tmp_path / "gan")],
+                            env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert rows(tmp_path / "gan")[3]["d_loss"]
 
@@ -121,7 +125,8 @@ def test_checkpoint_holds_what_later_stages_need(tmp_path):
     assert state["args"]["levels"] == [5, 5, 5] and state["args"]["image_size"] == [24, 24]
     assert set(state["model"]) == set(state["ema"]) and not any(k.startswith(("module.", "_orig_mod.")) for k in state["model"])
     assert (tmp_path / "reconstructions.png").stat().st_size > 500
-    tuned = run(tmp_path / "tuned", "--steps", "1", "--levels", "5", "5", "5", "--lr", "1e-9", "--init-from", str(tmp_path / "ckpt.pt"))
+    tuned = run(tmp_path / "tuned", "--steps", "1", "--levels", "5", "5", "5", "--lr", "1e-9",
+                "--init-from", str(tmp_path / "ckpt.pt"))
     for key, value in state["ema"].items():
         if "running" not in key:
             torch.testing.assert_close(tuned["model"][key], value, atol=1e-6, rtol=0)
