@@ -255,23 +255,29 @@ class Tokenizer(nn.Module):
     hidden, multipliers, num_res_blocks: widths hidden*m at each resolution, len(multipliers) - 1 halvings
     attn_levels:    indices of the resolutions (0 = full) that get attention
     z_channels:     channels between the two 1x1 convolutions and the body; by default d
+    num_groups:     of every GroupNorm; 32 as in the paper. Narrow layers want fewer: 32 groups of 32 channels are an
+                    instance norm, which takes from each channel how bright and how rich in contrast the image is
     codebook_size, beta: of vq; the size is by default the product of the levels, so that it spends the same bits
     Raises ValueError for values that do not fit together.
     """
 
     def __init__(self, quantizer="ifsq", levels=(17, 17, 17, 17), alpha=None, edges="half", hidden=128,
-                 multipliers=(1, 1, 2, 4, 4), num_res_blocks=2, attn_levels=(), z_channels=None, codebook_size=None, beta=0.25):
+                 multipliers=(1, 1, 2, 4, 4), num_res_blocks=2, attn_levels=(), z_channels=None, num_groups=32,
+                 codebook_size=None, beta=0.25):
         super().__init__()
         if quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, not {quantizer!r}")
-        if any(hidden * m % 32 for m in multipliers):
-            raise ValueError("hidden * multipliers must be multiples of 32 (GroupNorm), "
+        if any(hidden * m % math.lcm(32, num_groups) for m in multipliers):
+            raise ValueError("hidden * multipliers must be multiples of 32 (for GroupNorm), "
                              f"got {[hidden * m for m in multipliers]}")
         d = len(levels)
         z_channels = z_channels or d
         self.quantizer, self.levels, self.downsample = quantizer, list(levels), 2 ** (len(multipliers) - 1)
         self.encoder = Encoder(hidden, multipliers, num_res_blocks, attn_levels, z_channels)
         self.decoder = Decoder(hidden, multipliers, num_res_blocks, attn_levels, z_channels)
+        for layer in self.modules():
+            if isinstance(layer, nn.GroupNorm):
+                layer.num_groups = num_groups  # set here, not handed down to every block: no weight depends on it
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * d if quantizer == "vae" else d, 1)
         self.post_quant_conv = nn.Conv2d(d, z_channels, 1)
         if quantizer in ("ifsq", "fsq"):

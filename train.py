@@ -50,19 +50,21 @@ CACHE = Path(os.environ.get("IFSQ_CACHE", Path.home() / ".cache" / "ifsq"))  # d
 # The defaults of the flags that --size decides. First the tokenizer's own: `multipliers` lists the widths from the full
 # resolution down, of which --downsample f takes the first log2(f) + 1. Then the schedule of each model.
 TOKENIZERS = {
-    "nano": dict(hidden=32, multipliers=[1, 2, 2, 4, 4, 4], num_res_blocks=1, image_size=[32], downsample=8,
+    "nano": dict(hidden=32, multipliers=[1, 2, 2, 4, 4, 4], num_res_blocks=1, num_groups=8, image_size=[32], downsample=8,
                  perceptual_weight=0.0, disc_start=-1, disc_layers=3),
-    "paper": dict(hidden=128, multipliers=[1, 1, 2, 4, 4, 4], num_res_blocks=2, image_size=[256], downsample=16,
+    "paper": dict(hidden=128, multipliers=[1, 1, 2, 4, 4, 4], num_res_blocks=2, num_groups=32, image_size=[256], downsample=16,
                   perceptual_weight=1.0, disc_start=50_000, disc_layers=4),
 }
-SCHEDULES = {
-    ("tokenizer", "nano"): dict(steps=2000, batch_size=16, lr=2e-3, weight_decay=0.0, warmup=50, ema_decay=0.995),
-    ("tokenizer", "paper"): dict(steps=500_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0, ema_decay=0.999),
-    ("llamagen", "nano"): dict(steps=1500, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=100, ema_decay=0.99, dropout=0.0),
-    ("llamagen", "paper"): dict(steps=250_000, batch_size=256, lr=1e-4, weight_decay=0.05, warmup=0, ema_decay=0.9999,
-                                dropout=0.1),
-    ("dit", "nano"): dict(steps=1500, batch_size=64, lr=1e-3, weight_decay=0.0, warmup=100, ema_decay=0.99),
-    ("dit", "paper"): dict(steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0, ema_decay=0.9999),
+SCHEDULES = {  # the paper's learning rates are constant; a short run gains a lot by letting them fall at its end
+    ("tokenizer", "nano"): dict(steps=2000, batch_size=16, lr=2e-3, weight_decay=0.0, warmup=50, cooldown=0.3, ema_decay=0.995),
+    ("tokenizer", "paper"): dict(steps=500_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0, cooldown=0.0,
+                                 ema_decay=0.999),
+    ("llamagen", "nano"): dict(steps=1500, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=100, cooldown=0.3, ema_decay=0.99,
+                               dropout=0.0),
+    ("llamagen", "paper"): dict(steps=250_000, batch_size=256, lr=1e-4, weight_decay=0.05, warmup=0, cooldown=0.0,
+                                ema_decay=0.9999, dropout=0.1),
+    ("dit", "nano"): dict(steps=1500, batch_size=64, lr=1e-3, weight_decay=0.0, warmup=100, cooldown=0.3, ema_decay=0.99),
+    ("dit", "paper"): dict(steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0, cooldown=0.0, ema_decay=0.9999),
 }
 SIZES = {"tokenizer": list(TOKENIZERS), "llamagen": list(llamagen.SIZES), "dit": list(dit.SIZES)}
 # Flags that may differ from those of the run that --resume continues: none of them changes what a step computes.
@@ -142,10 +144,12 @@ def parse_args(argv=None):
     group("--batch-size", type=int, metavar="B", help=f"images a step, over all processes (default: {schedule('batch_size')})")
     group("--grad-accum", type=int, default=1, metavar="N", help="parts in which each process works through its "
           "share of the batch (default: 1)")
-    group("--lr", type=float, help=f"AdamW learning rate, constant after the warm-up (default: {schedule('lr')})")
+    group("--lr", type=float, help=f"AdamW learning rate, constant between warm-up and cool-down (default: {schedule('lr')})")
     group("--weight-decay", type=float, metavar="W", help=f"AdamW weight decay (default: {schedule('weight_decay')})")
     group("--warmup", type=int, metavar="STEPS", help="steps over which the learning rate rises linearly "
           f"(default: {schedule('warmup')})")
+    group("--cooldown", type=float, metavar="SHARE", help="last share of the steps, over which the learning rate falls to 0 "
+          f"(default: {schedule('cooldown')})")
     group("--grad-clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm, 0 for no limit (default: 1.0)")
     group("--ema-decay", type=float, metavar="D", help="decay of the averaged weights, which are the ones evaluated "
           f"(default: {schedule('ema_decay')})")
@@ -177,6 +181,8 @@ def parse_args(argv=None):
     for name, value in {**TOKENIZERS[preset], **SCHEDULES[args.model, preset]}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    if not 0 <= args.cooldown < 1 or not 0 <= args.ema_decay < 1 or not 0 <= args.class_dropout < 1:
+        raise UsageError("--cooldown, --ema-decay and --class-dropout are shares: at least 0 and below 1")
     args.out = args.out or Path("out") / f"{args.model}-{Path(args.data).name}"
     for name in ("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "crops", "patch_size"):
         if getattr(args, name) < 1:
@@ -586,8 +592,9 @@ def load_checkpoint(path):
 def check_resume(args, saved):
     """Raise UsageError, naming each, if flags that change the computation differ from those in the checkpoint `saved`."""
     was, now = saved["args"], plain_args(args)
+    harmless = HARMLESS - ({"steps"} if args.cooldown else set())  # a cool-down depends on the number of steps
     changed = [f"--{k.replace('_', '-')} was {was.get(k)}, is {v}" for k, v in now.items()
-               if k not in HARMLESS and was.get(k) != v]
+               if k not in harmless and was.get(k) != v]
     if changed:
         raise UsageError(f"cannot continue the run in {args.out} with other settings ({'; '.join(changed)}): "
                          "repeat them, or choose another --out")
@@ -688,7 +695,8 @@ def fit(args, processes, saved, parts, batches, turn, losses, validate, header):
         torch.manual_seed(seed_of(args.seed, step, rank))
         trained, optimizer = turn(step)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+            falling = (args.steps - step) / max(1, args.steps * args.cooldown)
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup), falling)
         trained.train()
         for part in range(args.grad_accum):
             last = part == args.grad_accum - 1
@@ -773,7 +781,8 @@ def build_tokenizer(args):
     depth = int(math.log2(args["downsample"])) + 1
     try:
         return Tokenizer(args["quantizer"], args["levels"], args["alpha"], args["edges"], args["hidden"],
-                         args["multipliers"][:depth], args["num_res_blocks"], codebook_size=args["codebook_size"])
+                         args["multipliers"][:depth], args["num_res_blocks"], num_groups=args["num_groups"],
+                         codebook_size=args["codebook_size"])
     except ValueError as error:
         raise UsageError(f"{error}")
 

@@ -16,7 +16,7 @@ from train import (Images, Shapes, Tokens, UsageError, cache_tokens, load_checkp
                    smallest_integer)
 
 COMMON = ["--size", "nano", "--device", "cpu", "--dtype", "fp32", "--batch-size", "4", "--log-every", "1",
-          "--eval-every", "1000", "--save-every", "1000"]
+          "--eval-every", "1000", "--save-every", "1000", "--cooldown", "0"]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from train import (Log, UsageError, check_resume, fetch, load_checkpoint, main, 
 
 TINY = ["--model", "tokenizer", "--size", "nano", "--device", "cpu", "--dtype", "fp32", "--image-size", "24",
         "--batch-size", "4", "--downsample", "2", "--log-every", "1", "--eval-every", "1000",
-        "--save-every", "1000", "--warmup", "2"]
+        "--save-every", "1000", "--warmup", "2", "--cooldown", "0"]
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +71,15 @@ def test_gan_trains_both_sides_in_turn(tmp_path):
     assert [bool(row["d_loss"]) for row in log] == [False, False, False, True, False]
     assert [bool(row["g_loss"]) for row in log] == [False, False, True, False, True]
     assert float(log[2]["d_weight"]) > 0
+
+
+def test_learning_rate_rises_and_falls(tmp_path, capsys):
+    run(tmp_path, "--steps", "10", "--warmup", "4", "--cooldown", "0.5", "--lr", "0.008")
+    rates = [round(float(row["lr"]), 4) for row in rows(tmp_path)]
+    assert rates == [0.002, 0.004, 0.006, 0.008, 0.008, 0.008, 0.0064, 0.0048, 0.0032, 0.0016]
+    with pytest.raises(SystemExit):  # the steps are part of such a schedule
+        run(tmp_path, "--steps", "12", "--warmup", "4", "--cooldown", "0.5", "--lr", "0.008", "--resume")
+    assert "--steps was 10, is 12" in capsys.readouterr().err
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -166,6 +175,7 @@ def test_a_non_finite_loss_stops_before_it_is_saved(tmp_path, capsys):
     (["--data", "/no/such/folder"], "no such folder"),
     (["--disc-start", "0", "--disc-layers", "4"], "needs images of 48 px"),
     (["--steps", "0"], "at least 1"),
+    (["--cooldown", "1.5"], "below 1"),
     (["--resume"], "no such checkpoint"),
     (["--init-from", "LICENSE"], "not a whole checkpoint"),
     (["--perceptual-weight", "1", "--pretrained", "{tmp}"], "vgg16-397923af.pth could not be downloaded"),
