@@ -685,6 +685,8 @@ def fit(args, processes, saved, parts, batches, turn, losses, validate, header):
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
+    if start >= args.steps:
+        raise UsageError(f"the run in {args.out} has finished its {start} steps: nothing is left to resume")
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out / "log.csv" if rank == 0 else None, start, saved["log"] if saved else {})
     bar = tqdm(total=args.steps, initial=start, disable=None if rank == 0 else True, unit="step", smoothing=0.05,

@@ -196,7 +196,8 @@ def offline(url, path, hash_prefix):
 def test_nothing_is_overwritten(tmp_path, capsys):
     run(tmp_path, "--steps", "1")
     good = (tmp_path / "ckpt.pt").read_bytes()
-    for flags, words in [([], "--resume"), (["--resume", "--lr", "0.5"], "--lr was 0.002, is 0.5")]:
+    for flags, words in [([], "--resume"), (["--resume", "--lr", "0.5"], "--lr was 0.002, is 0.5"),
+                         (["--resume", "--steps", "1"], "nothing is left")]:
         with pytest.raises(SystemExit):
             run(tmp_path, "--steps", "2", *flags)
         assert words in capsys.readouterr().err and (tmp_path / "ckpt.pt").read_bytes() == good
