@@ -56,14 +56,14 @@ TOKENIZERS = {
                   perceptual_weight=1.0, disc_start=50_000, disc_layers=4),
 }
 SCHEDULES = {  # the paper's learning rates are constant; a short run gains a lot by letting them fall at its end
-    ("tokenizer", "nano"): dict(steps=2000, batch_size=16, lr=2e-3, weight_decay=0.0, warmup=50, cooldown=0.3, ema_decay=0.995),
+    ("tokenizer", "nano"): dict(steps=1500, batch_size=16, lr=2e-3, weight_decay=0.0, warmup=50, cooldown=0.3, ema_decay=0.995),
     ("tokenizer", "paper"): dict(steps=500_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0, cooldown=0.0,
                                  ema_decay=0.999),
-    ("llamagen", "nano"): dict(steps=1500, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=100, cooldown=0.3, ema_decay=0.99,
+    ("llamagen", "nano"): dict(steps=1000, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=100, cooldown=0.3, ema_decay=0.99,
                                dropout=0.0),
     ("llamagen", "paper"): dict(steps=250_000, batch_size=256, lr=1e-4, weight_decay=0.05, warmup=0, cooldown=0.0,
                                 ema_decay=0.9999, dropout=0.1),
-    ("dit", "nano"): dict(steps=1500, batch_size=64, lr=1e-3, weight_decay=0.0, warmup=100, cooldown=0.3, ema_decay=0.99),
+    ("dit", "nano"): dict(steps=1000, batch_size=64, lr=1e-3, weight_decay=0.0, warmup=100, cooldown=0.3, ema_decay=0.99),
     ("dit", "paper"): dict(steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0, cooldown=0.0, ema_decay=0.9999),
 }
 SIZES = {"tokenizer": list(TOKENIZERS), "llamagen": list(llamagen.SIZES), "dit": list(dit.SIZES)}
@@ -167,7 +167,7 @@ def parse_args(argv=None):
     group("--pretrained", type=Path, default=CACHE, metavar="DIR", help="folder of pretrained weights: "
           "where they are looked for, and downloaded to (default: %(default)s)")
     group("--save-every", type=int, default=1000, metavar="STEPS", help="default: 1000")
-    group("--eval-every", type=int, default=250, metavar="STEPS", help="validation and picture (default: 250)")
+    group("--eval-every", type=int, default=500, metavar="STEPS", help="validation and picture (default: 500)")
     group("--log-every", type=int, default=50, metavar="STEPS", help="a row in log.csv, means since the last (default: 50)")
     args = parser.parse_args(argv)
 
@@ -230,7 +230,7 @@ class Shapes(Dataset):
     """
 
     classes = ["disk", "ring", "square", "triangle", "diamond", "cross", "star", "heart", "crescent", "hourglass"]
-    lengths = {"train": 20_000, "val": 1_000}
+    lengths = {"train": 10_000, "val": 1_000}
 
     def __init__(self, split, image_size):
         self.split, (self.height, self.width) = split, image_size
