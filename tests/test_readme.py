@@ -14,7 +14,7 @@ import train
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["fsq", "tokenizer", "dit", "llamagen", "repa", "train", "evaluate"]
-MAY_IMPORT = {"fsq": set(), "tokenizer": {"fsq"}, "dit": set(), "llamagen": set(),
+MAY_IMPORT = {"fsq": set(), "tokenizer": {"fsq"}, "dit": set(), "llamagen": set(), "repa": set(),
               "train": {"fsq", "tokenizer", "dit", "llamagen", "repa"}, "evaluate": set(MODULES)}
 PACKAGES = {"torch", "numpy", "torchvision", "PIL", "scipy", "tqdm"} | set(sys.stdlib_module_names)
 
@@ -55,7 +55,8 @@ def test_imports_go_one_way(module):
 @pytest.mark.parametrize("module", ["train", "evaluate"])
 def test_every_flag_has_a_help_line(module):
     calls = [node for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())) if isinstance(node, ast.Call)
-             and node.args and isinstance(node.args[0], ast.Constant) and str(node.args[0].value).startswith("--")]
+             and node.args and isinstance(node.func, ast.Name)
+             and node.func.id in ("add", "group") and isinstance(node.args[0], ast.Constant) and str(node.args[0].value).startswith("--")]
     assert len(calls) > 20
     for call in calls:
         assert "help" in {keyword.arg for keyword in call.keywords}, call.args[0].value
