@@ -1,26 +1,37 @@
-"""Checkpoints in, numbers and pictures out: how good is a tokenizer, what does a generator draw?
+"""Checkpoints or images in, numbers and pictures out: how good is a tokenizer, what does a generator draw?
 
     OUT/ckpt.pt --this file--> a table row, OUT/eval/NAME.json with every setting, OUT/eval/NAME.png, samples
+    images, images --Inception--> FID, sFID, KID, Inception Score, precision, recall
 
     python evaluate.py out/llamagen-shapes/ckpt.pt                        # samples of a generator: a grid, the speed, the loss
     python evaluate.py out/llamagen-shapes/ckpt.pt --num-samples 5000 --save-npz --cfg-scale 1.5
     python evaluate.py out/llamagen-shapes/tokenizer/ckpt.pt              # reconstructions of a tokenizer
     python evaluate.py a/ckpt.pt b/ckpt.pt --data DIR --split all         # several: one table
+    python evaluate.py out/llamagen-shapes/ckpt.pt --reference imagenet256.npz --num-samples 50000
+    python evaluate.py REAL FAKE                                          # any two: folders, .npz of images or of statistics
     torchrun --nproc_per_node=8 evaluate.py ckpt.pt                       # the same numbers and pictures, sooner
 
 Every image goes through the crop of train.py and through uint8, as a saved picture would, before it is measured. PSNR, SSIM
 and LPIPS are means over images, each image on its own, so that neither the batch size nor the number of processes changes
 them; code use and entropy are those of all tokens together. A metric whose weights cannot be had says n/a, and why.
 Sample i of a generator is a function of (seed, i) and its class: always exactly N different ones, whoever draws them.
+
+A Frechet distance means little without its conditions, which the report holds: reference, number and hash of the images,
+crop, resize, weights. rFID compares a tokenizer's reconstructions with the same crops that it was given; gFID compares
+samples with --reference. Below 2048 images it is called fid@N: it is biased by the number, and KID beside it is not.
 """
 import argparse
+import functools
 import hashlib
 import json
 import math
+import pickle
 import shutil
+import struct
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,29 +39,39 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, Subset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from fsq import CodeUsage
 from tokenizer import psnr
-from train import (CACHE, UsageError, build_generator, build_tokenizer, cache_tokens, create_array, draw_reconstructions, fail,
-                   load_checkpoint, load_lpips, load_stage, load_weights, open_images, plain_args, sample_pictures,
-                   sampling_defaults, seed_of, start_processes, to_float, to_uint8, validate_generator)
+from train import (CACHE, UsageError, build_generator, build_tokenizer, cache_tokens, create_array, draw_reconstructions,
+                   drop_bad_images, fail, fetch, load_checkpoint, load_lpips, load_stage, load_weights, open_folder,
+                   open_images, plain_args, sample_pictures, sampling_defaults, seed_of, start_processes, to_float,
+                   to_uint8, validate_generator)
 
-METRICS = ("psnr", "ssim", "lpips", "codes")
+METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
+INCEPTION_METRICS = frozenset(METRICS[4:])
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+PUBLISHED = "6726825d"  # what the SHA-256 of that file begins with
+FEW = 2048              # with fewer images than features a covariance is singular, and the distance says so in its name
+STATISTICS = {"mu", "sigma", "mu_s", "sigma_s", "features", "class_sums"}  # the arrays of a file of statistics
+KEPT = 10_000           # features kept for what compares images with each other (KID, precision, recall): 82 MB a set
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="checkpoints of train.py, one table row each")
+    add("checkpoints", nargs="+", metavar="CKPT", help="checkpoints of train.py, one table row each; or two sets "
+        "of images, the reference first: folders (each image in its own size, uncropped), .npz with arr_0 (N,H,W,3) uint8 "
+        "or with mu and sigma")
     add("--data", metavar="{shapes,cifar10,DIR}", help="images to evaluate on (default: those of the training run)")
     add("--split", choices=["train", "val", "all"], default="val", help="part of the data; all is every image of a folder "
         "(default: val)")
     add("--skip-bad-images", action="store_true", help="leave out and count the images that cannot be read")
-    add("--metrics", nargs="+", choices=METRICS, metavar="NAME", help=f"of {' '.join(METRICS)}: these must work, else exit "
-        "code 2 (default: all that can be computed)")
+    add("--metrics", nargs="+", choices=METRICS, metavar="NAME", help=f"of {' '.join(METRICS)} (pr: precision and recall): "
+        "these must work, else exit code 2 (default: all that can be computed)")
     add("--num-samples", type=int, metavar="N", help="tokenizer: evaluate on N images, spread evenly over the split "
         "(default: all); generator: draw N samples (default: 1000)")
     add("--batch-size", type=int, default=64, metavar="B", help="images at a time in each process (default: 64)")
@@ -60,6 +81,16 @@ def parse_args(argv=None):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
     add("--pretrained", type=Path, default=CACHE, metavar="DIR", help="folder of pretrained weights: "
         "where they are looked for, and downloaded to (default: %(default)s)")
+    add("--inception", metavar="{PATH,random}", help="local file of the Inception weights (default: "
+        f"{INCEPTION_FILE}, fetched); random: fixed seeded weights, for trends only; all columns are then called random-...")
+    add("--preprocessing", choices=["tf1", "pytorch"], default="tf1", help="resize before Inception: that of ADM and "
+        "torch-fidelity, or that of pytorch-fid; the numbers must not be mixed (default: tf1)")
+    add("--reference", metavar="{DIR,DATA,NPZ}", help="what samples are compared with: a folder or the training split of "
+        "a data set, cropped as in training, ADM's .npz, or saved statistics (default: the training images of the run)")
+    add("--reference-images", type=int, default=50_000, metavar="N", help="at most N of them, spread evenly "
+        "(default: 50000)")
+    add("--save-reference", type=lambda path: Path(path).with_suffix(".npz"), metavar="NPZ",
+        help="keep the statistics of the reference, or of the first set of images")
     add("--seed", type=int, default=0, help="of samples and random labels (default: 0)")
     add("--out", type=Path, metavar="DIR", help="folder of reports and pictures (default: eval/ beside the first checkpoint)")
 
@@ -81,8 +112,12 @@ def parse_args(argv=None):
           "arr_1 labels")
     group("--save-images", action="store_true", help="keep the samples as OUT/NAME/000000.png, ...")
     args = parser.parse_args(argv)
-    args.out = args.out or Path(args.checkpoints[0]).parent / "eval"
-    for name in ("batch_size", "num_samples"):
+    sets = [is_image_set(path) for path in args.checkpoints]
+    if any(sets) and not (all(sets) and (len(sets) == 2 or len(sets) == 1 and args.save_reference)):
+        raise UsageError("give checkpoints, or two sets of images (or one and --save-reference), "
+                         f"not {len(sets) - sum(sets)} checkpoints and {sum(sets)} sets")
+    args.out = args.out or (Path("out/eval") if any(sets) else Path(args.checkpoints[0]).parent / "eval")
+    for name in ("batch_size", "num_samples", "reference_images"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     return args
@@ -118,9 +153,487 @@ def try_lpips(args, image_size, device):
         print(f"lpips n/a: {error}", file=sys.stderr)
 
 
+# ------------------------------------------------------------------------------------------------ the Inception network
+
+
+class ConvNormReLU(nn.Module):
+    """relu(norm(conv(x))), kernel an int or (height, width); keeps the size of the image if stride is 1 and pad is True."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, pad=True):
+        super().__init__()
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, [side // 2 * (pad and stride == 1) for side in kernel], bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)  # TensorFlow's eps, not PyTorch's 1e-5
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Mixed(nn.Module):
+    """An Inception block: chains of convolutions side by side, joined along the channels.
+
+    chains: {name: [(channels, kernel), ...]}. The layers of a chain are called NAME_1, NAME_2, ..., a single one NAME. With
+    fork the last two of a longer chain, NAME_2a and NAME_2b, say, both read the one before. pool: "mean" or "max" is the
+    input of `branch_pool`; "half" halves the image: a max pool beside chains whose last layer has stride 2.
+    """
+
+    def __init__(self, c_in, pool="mean", fork=False, **chains):
+        super().__init__()
+        self.pool, self.chains = pool, []                                               # [(names in a row, names that end it)]
+        for name, layers in chains.items():
+            n, width = len(layers), c_in
+            names = [name] if n == 1 else [f"{name}_{i + 1}" for i in range(n)]
+            if fork and n > 1:
+                names[-2:] = f"{name}_{n - 1}a", f"{name}_{n - 1}b"
+            for layer, (c_out, kernel) in zip(names, layers):
+                self.add_module(layer, ConvNormReLU(width, c_out, kernel, 2 if pool == "half" and layer == names[-1] else 1))
+                width = c_out
+            ends = 2 if fork and n > 1 else 1
+            self.chains.append((names[:-ends], names[-ends:]))
+
+    def forward(self, x):
+        joined = []
+        for names, ends in self.chains:
+            y = x
+            if ends == ["branch_pool"]:
+                y = F.max_pool2d(x, 3, 1, 1) if self.pool == "max" else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+            for name in names:
+                y = getattr(self, name)(y)
+            joined += [getattr(self, name)(y) for name in ends]
+        return torch.cat(joined + [F.max_pool2d(x, 3, 2)] * (self.pool == "half"), 1)
+
+
+class Inception(nn.Module):
+    """Inception v3 as the Frechet distance uses it: TensorFlow's graph of 2015-12-05, always in eval mode, without gradients.
+
+    Architecture and names of the parameters: github.com/mseitzer/pytorch-fid, whose weights load with strict=True. It differs
+    from torchvision's: means that leave out the padding, a max pool in the last block, 1008 classes. `label` says whose
+    weights these are; numbers of different labels, or of different preprocessing, cannot be compared.
+    """
+
+    def __init__(self, preprocessing="tf1"):
+        super().__init__()
+        self.preprocessing, self.label = preprocessing, None
+        self.Conv2d_1a_3x3 = ConvNormReLU(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvNormReLU(32, 32, 3, pad=False)
+        self.Conv2d_2b_3x3 = ConvNormReLU(32, 64, 3)
+        self.Conv2d_3b_1x1 = ConvNormReLU(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvNormReLU(80, 192, 3, pad=False)
+        for name, c_in, pool in ("Mixed_5b", 192, 32), ("Mixed_5c", 256, 64), ("Mixed_5d", 288, 64):
+            self.add_module(name, Mixed(c_in, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                                        branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pool, 1)]))
+        self.Mixed_6a = Mixed(288, "half", branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
+        for name, c in ("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192):
+            row, column = (1, 7), (7, 1)
+            self.add_module(name, Mixed(
+                768, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, row), (192, column)],
+                branch7x7dbl=[(c, 1), (c, column), (c, row), (c, column), (192, row)], branch_pool=[(192, 1)]))
+        self.Mixed_7a = Mixed(768, "half", branch3x3=[(192, 1), (320, 3)],
+                              branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)])
+        for name, c_in, pool in ("Mixed_7b", 1280, "mean"), ("Mixed_7c", 2048, "max"):
+            self.add_module(name, Mixed(
+                c_in, pool, fork=True, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, (1, 3)), (384, (3, 1))],
+                branch3x3dbl=[(448, 1), (384, 3), (384, (1, 3)), (384, (3, 1))], branch_pool=[(192, 1)]))
+        self.fc = nn.Linear(2048, 1008)
+        self.eval().requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, images):
+        """uint8 images, (B,3,H,W) or a list of (3,H,W), each of its own size -> what the metrics are made of, fp32:
+
+        pool (B,2048); spatial (B,2023), ADM's features of sFID, the first 7 channels of a branch of Mixed_6d, (17,17,7)
+        flattened; logits (B,1008) without the bias, as ADM and torch-fidelity use them for the Inception Score.
+        """
+        images, device = [images] if torch.is_tensor(images) else [image[None] for image in images], self.fc.weight.device
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would move the numbers in the third digit
+            x = torch.cat([prepare(part.to(device), self.preprocessing) for part in images])
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))           # (B, 64, 147, 147)
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))           # (B, 192, 71, 71)
+            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))      # (B, 288, 35, 35)
+            x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                          # (B, 768, 17, 17)
+            spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+            x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))                          # (B, 1280, 8, 8)
+            pool = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))
+            return pool, spatial, pool @ self.fc.weight.T
+
+
+def prepare(images, preprocessing):
+    """(B,3,H,W) uint8 -> the (B,3,299,299) in about [-1, 1] that Inception looks at.
+
+    "tf1": as TensorFlow 1 resized, and so ADM and torch-fidelity do: output pixel i is read at i * H / 299, not at the place
+    of its centre, and (x - 128) / 128. "pytorch": as pytorch-fid does, with centres, and x / 127.5 - 1.
+    """
+    x = images.float()
+    if preprocessing == "pytorch":
+        return 2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1
+    for dim in (3, 2):
+        side = x.shape[dim]
+        place = torch.arange(299, device=x.device) * (side / 299)
+        low = place.long()
+        part = (place - low).view(-1, *[1] * (3 - dim))                                 # towards the next pixel, in [0, 1)
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=side - 1)), part)
+    return (x - 128) / 128
+
+
+def load_inception(args, processes):
+    """The Inception network of the flags, on the device. Raises UsageError if its weights cannot be had or do not fit."""
+    network = Inception(args.preprocessing)
+    if args.inception == "random":
+        generator = torch.Generator().manual_seed(0)
+        for weight in network.parameters():  # the other tensors, norms and biases, stay 1 and 0
+            if weight.ndim > 1:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * math.sqrt(2 / weight[0].numel()))
+        network.fc.bias.zero_()
+        network.label = "random"
+        return network.to(processes.device)
+    path = Path(args.inception) if args.inception else fetch(INCEPTION_FILE, args.pretrained)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network.label = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--inception {path}: cannot be read as weights ({' '.join(str(error).split())[:100]}); "
+                         f"it takes {INCEPTION_FILE}")
+    if not isinstance(state, dict):
+        raise UsageError(f"--inception {path} holds no state dict; it takes {INCEPTION_FILE}")
+    load_weights(network, state, path)
+    if network.label != PUBLISHED and processes.rank == 0:
+        print(f"warning: {path} is not the published {INCEPTION_FILE}: its numbers compare with no others", file=sys.stderr)
+    return network.to(processes.device)
+
+
+def try_inception(args, processes):
+    """(network, ""), or None and one line why not; UsageError if it or one of its metrics was asked for by name."""
+    if args.metrics and not INCEPTION_METRICS & set(args.metrics):
+        return None, ""
+    try:
+        return load_inception(args, processes), ""
+    except UsageError as error:
+        if args.metrics or args.inception:
+            raise
+        return None, (f"fid, sfid, kid, is, precision, recall n/a: {error}, or the file with --inception "
+                      "(--inception random shows trends)")
+
+
+# ------------------------------------------------------------------------------------------------ the metrics of two sets
+
+
+class Moments:
+    """Mean and covariance of features that come in parts, in float64 (Chan et al. 1979); where the parts end does not matter.
+
+    Deviations are summed around the mean so far, because around 0 the digits of a small covariance would be lost.
+    """
+
+    def __init__(self, width, device="cpu"):
+        self.n = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)    # sum of outer products
+
+    def update(self, features):
+        """features (B, width)."""
+        features = features.to(self.mean.device).double()
+        mean, n = features.mean(0), len(features)
+        shift, total = mean - self.mean, self.n + n
+        self.scatter += (features - mean).T @ (features - mean) + torch.outer(shift, shift) * (self.n * n / total)
+        self.mean = self.mean + shift * (n / total)
+        self.n = total
+
+    def finish(self, processes):
+        """Mean (width,) and covariance (width, width) over the parts of all processes, on the CPU."""
+        n = processes.sum(self.n.clone())  # it adds up in place
+        mean = processes.sum(self.n * self.mean) / n
+        shift = self.mean.cpu() - mean
+        scatter = processes.sum(self.scatter + (self.n.cpu() * torch.outer(shift, shift)).to(self.scatter))
+        return mean, scatter / (n - 1)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), a float; means (C,), covariances (C,C), float64.
+
+    (Heusel et al. 2017.) With sigma1 = R R^T the product's eigenvalues are those of the symmetric R^T sigma2 R: two
+    symmetric decompositions, which, unlike a matrix square root, also exist for the singular covariances of few images.
+    """
+    positive = lambda values: values > values[-1:].sum() * len(values) * torch.finfo(values.dtype).eps  # the rest is rounding
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors[:, positive(values)] * values[positive(values)].sqrt()               # (C, rank)
+    product = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
+    overlap = product[positive(product)].sqrt().sum()
+    return max(0.0, ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap).item())
+
+
+def kid(x, y, subsets=100, size=None, seed=2020):
+    """Kernel Inception Distance (Binkowski et al. 2018) of features (N,C) and (M,C): (mean, standard error), floats.
+
+    The unbiased squared MMD of the kernel (x.y / C + 1)^3, mean over subsets of `size` (default: 1000, at most half of the
+    smaller set); subsets and seed as in torch-fidelity. The deviation between subsets is that of `size` images; the factor of
+    the delete-d jackknife makes it that of all of them (nan if a subset is the whole set). Raises ValueError below 2 images.
+    """
+    n = min(len(x), len(y))
+    if n < 2:
+        raise ValueError(f"KID needs at least 2 images, got {n}")
+    size = size or max(2, min(1000, n // 2))
+    rng, found = np.random.RandomState(seed), []
+    kernel = lambda a, b: (a @ b.T / x.shape[1] + 1) ** 3
+    for _ in range(subsets):
+        a, b = (f[torch.from_numpy(rng.choice(len(f), size, replace=False)).to(f.device)] for f in (x, y))
+        inside = sum(k.sum() - k.trace() for k in (kernel(a, a), kernel(b, b))) / (size * (size - 1))
+        found.append((inside - 2 * kernel(a, b).mean()).item())
+    return float(np.mean(found)), float(np.std(found)) * math.sqrt(size / (n - size)) if size < n else math.nan
+
+
+def class_sums(logits, split, splits):
+    """What the Inception Score needs of logits (B,K) in splits (B,) int64: (splits, K + 2) float64, which may be added up.
+
+    For each split the probabilities summed over its images, then the sum of all p log p, then the number of images.
+    """
+    log_p = logits.double().log_softmax(1)
+    p = log_p.exp()
+    row = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
+    return p.new_zeros(splits, row.shape[1]).index_add_(0, split.to(row.device), row)
+
+
+def inception_score(sums):
+    """exp of the mean KL divergence of p(class | image) from p(class), mean over the splits of `class_sums`: at least 1.
+
+    (Salimans et al. 2016.) ADM's convention: splits of 5000 consecutive images, softmax without the bias.
+    """
+    mean = sums[:, :-2] / sums[:, -1:]
+    return ((sums[:, -2] / sums[:, -1]) - torch.xlogy(mean, mean).sum(1)).exp().mean().item()
+
+
+def squared_distances(x, y):
+    """Blocks (up to 1000, M) of the squared distances between x (N,C) and y (M,C), so that the memory stays bounded."""
+    for block in x.split(1000):
+        yield (block.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * block @ y.T).clamp(min=0)
+
+
+def precision_recall(real, fake, k=3):
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N,C), (M,C): shares of images, 0 to 1.
+
+    Around each image lies a ball up to its k-th neighbour. Precision: how many fakes lie in a ball of a real one; recall:
+    how many real ones lie in a ball of a fake. Depends on the numbers of images, so state them.
+    """
+    def share(centres, points):
+        neighbours = min(k + 1, len(centres))                                           # the first one is the image itself
+        radius = torch.cat([d.kthvalue(neighbours, 1).values for d in squared_distances(centres, centres)])
+        return torch.cat([(d <= radius).any(1) for d in squared_distances(points, centres)]).double().mean().item()
+
+    return share(real, fake), share(fake, real)
+
+
+# ------------------------------------------------------------------------------------------------ sets of images
+
+
+class Measure:
+    """Feeds `count` images, in any parts and any order, through Inception and adds up what the metrics `names` need of them.
+
+    `finish` returns a dictionary of statistics, which is also what a saved file holds: mu, sigma (and mu_s, sigma_s) for the
+    Frechet distances, features of KEPT images spread evenly over the set, class_sums, and `about`: where it all comes from.
+    """
+
+    def __init__(self, network, count, names):
+        if count < 2:
+            raise UsageError(f"{count} image: a covariance takes at least 2, so add more")
+        self.network, self.count, device = network, count, network.fc.weight.device
+        exact = "cpu" if device.type == "mps" else device                               # MPS has no float64
+        self.pool, self.spatial = Moments(2048, exact), Moments(2023, exact) if "sfid" in names else None
+        self.kept = torch.linspace(0, count - 1, min(count, KEPT)).round().long()
+        self.features = torch.zeros(len(self.kept), 2048) if names & {"kid", "pr"} else None
+        self.classes = torch.zeros(-(-count // 5000), 1010, dtype=torch.float64) if "is" in names else None
+        self.digest = torch.zeros((), dtype=torch.int64)
+
+    def update(self, images, indices):
+        """uint8 images on the CPU, (B,3,H,W) or a list of (3,H,W), and their numbers in the set (B,) int64."""
+        for image in images:  # a sum of 40 bits of each hash: neither order nor processes matter
+            digest = hashlib.sha256(repr(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes()).digest()
+            self.digest += int.from_bytes(digest[:5], "little")
+        pool, spatial, logits = self.network(images)
+        self.pool.update(pool)
+        if self.spatial:
+            self.spatial.update(spatial)
+        if self.features is not None:
+            row = torch.searchsorted(self.kept, indices).clamp(max=len(self.kept) - 1)
+            kept = self.kept[row] == indices
+            self.features[row[kept]] = pool.cpu()[kept]
+        if self.classes is not None:
+            self.classes += class_sums(logits.cpu(), indices // 5000, len(self.classes))
+
+    def finish(self, processes, **about):
+        """The statistics over all processes, tensors on the CPU."""
+        mu, sigma = self.pool.finish(processes)
+        found = {"mu": mu, "sigma": sigma}
+        if self.spatial:
+            found["mu_s"], found["sigma_s"] = self.spatial.finish(processes)
+        if self.features is not None:
+            found["features"] = processes.sum(self.features)  # each row is non-zero in one process only: exact
+        if self.classes is not None:
+            found["class_sums"] = processes.sum(self.classes)
+        digest = processes.sum(self.digest).item()
+        return {**found, "about": {**about, "images": self.count, "sha256_sum": f"{digest:016x}",
+                                   "preprocessing": self.network.preprocessing, "inception": self.network.label}}
+
+
+class Uncropped(Dataset):
+    """The images of a Folder or of an array (N,H,W,3) uint8, in their own sizes, as ((3,H,W) uint8, 0)."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        image = self.source[index]
+        return torch.from_numpy(np.array(image[0] if isinstance(image, tuple) else image)).permute(2, 0, 1), 0
+
+
+def is_image_set(path):
+    """Whether a positional argument is meant as a set of images, not as a checkpoint."""
+    path = Path(path)
+    return path.is_dir() or path.suffix == ".npz" or not (path.exists() or path.suffix)
+
+
+def open_npz(path):
+    """ADM's .npz or saved statistics -> (dictionary of statistics, maybe empty; Uncropped images or None)."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = set(archive.files)
+            found = {name: torch.from_numpy(archive[name]) for name in names & STATISTICS}
+            about = json.loads(str(archive["about"])) if "about" in names else None
+        array = open_array(path, "arr_0") if "arr_0" in names else None
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+        raise UsageError(f"{path} cannot be read as .npz ({' '.join(str(error).split())[:100]}): make it again")
+    if not {"mu", "sigma"} <= names and array is None:
+        raise UsageError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}: neither images (arr_0) "
+                         "nor statistics (mu and sigma)")
+    if array is not None and (array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8):
+        raise UsageError(f"{path}: arr_0 is {array.dtype} {array.shape}, but images are uint8 (N, H, W, 3)")
+    if any(value.shape[-1:] != ({"mu_s": 2023, "sigma_s": 2023, "class_sums": 1010}.get(name, 2048),)
+           for name, value in found.items()):
+        raise UsageError(f"{path}: these statistics are not of Inception features (2048, or 2023 for mu_s)")
+    if "mu" in found:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        found["about"] = about or dict.fromkeys(("images", "crop", "preprocessing", "inception"))
+        found["about"] = {**found["about"], "file": str(path), "file_sha256": digest}
+        found["about"].setdefault("name", str(path))
+    return found, None if array is None else Uncropped(array)
+
+
+def open_array(path, name):
+    """An array of an .npz; memory-mapped if it is stored as np.savez and ADM do, uncompressed."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        info = archive.getinfo(f"{name}.npy")
+        if info.compress_type == zipfile.ZIP_STORED:
+            file.seek(info.header_offset + 26)
+            file.seek(sum(struct.unpack("<HH", file.read(4))), 1)  # past the name and the extra field of the zip entry
+            if np.lib.format.read_magic(file) == (1, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                if not fortran and math.prod(shape):
+                    return np.memmap(path, dtype, "r", file.tell(), shape)
+    return np.load(path)[name]
+
+
+def open_set(source, args, crop_to=None, split="all"):
+    """A folder, a data set or an .npz -> (where it comes from, stored statistics, images): what `measure_set` takes.
+
+    crop_to (H, W): the crop of training, of at most --reference-images images of `split`; None: images in their own sizes.
+    """
+    stored, about = {}, {"name": str(source), "crop": f"{crop_to[0]} x {crop_to[1]}, centre (ADM)" if crop_to else "none"}
+    if str(source).endswith(".npz"):
+        stored, images = open_npz(source)
+        return {**about, "crop": "none"}, stored, images
+    if crop_to:
+        images = open_images(source, split, crop_to, skip_bad=args.skip_bad_images)
+        chosen = torch.linspace(0, len(images) - 1, min(len(images), args.reference_images)).round().long()
+        return {**about, "split": split}, stored, Subset(images, chosen.tolist())
+    try:
+        folder = open_folder(source, split)
+    except UsageError as error:
+        raise UsageError(f"{error}".removeprefix("--data "))
+    if args.skip_bad_images:
+        drop_bad_images(folder)
+    return about, stored, Uncropped(folder)
+
+
+def measure_set(opened, args, processes, network, names):
+    """What `open_set` returned -> its statistics for the metrics `names`. network: a function that returns the Inception
+    network, not called if the statistics are stored."""
+    about, stored, images = opened
+    if stored:
+        names = names & {"kid", "pr"} if "features" not in stored else set()
+        if images is None or not names:
+            return stored
+    found = Measure(network(), len(images), names)
+    mine = torch.arange(processes.rank, len(images), processes.world)
+    loader = DataLoader(Subset(images, mine.tolist()), args.batch_size, num_workers=args.num_workers, collate_fn=list)
+    for part, batch in zip(mine.split(args.batch_size), tqdm(loader, desc=f"measuring {about['name']}",
+                                                             disable=None if processes.rank == 0 else True)):
+        found.update([x for x, _ in batch], part)
+    return {**found.finish(processes, **about), **stored}  # ADM's file: mu and sigma of more images than there are in arr_0
+
+
+def wanted(args, default=INCEPTION_METRICS):
+    """The Inception metrics to compute: those asked for by name, else `default`."""
+    return INCEPTION_METRICS & set(args.metrics) if args.metrics else set(default)
+
+
+def compare(reference, samples, args, names, processes, letter=""):
+    """The metrics `names` of two dictionaries of statistics -> {"distances": {column: number}, "reference", "compared": about}.
+
+    letter: "r" or "g", put before fid. Raises UsageError if the two were not measured alike, or lack something that was asked
+    for by name.
+    """
+    a, b = reference["about"], samples["about"]
+    for key in ("preprocessing", "inception"):
+        values = [about[key] or (PUBLISHED if key == "inception" else None) for about in (a, b)]
+        if None not in values and values[0] != values[1]:
+            raise UsageError(f"{a['name']} was measured with {key} {values[0]}, {b['name']} with {values[1]}: "
+                             "measure both alike")
+    few = min([about["images"] for about in (a, b) if about["images"]] or [FEW])
+    if few < FEW and names & {"fid", "sfid"} and processes.rank == 0:
+        print(f"warning: fewer than {FEW} images, so the Frechet distance is too large, by an amount that depends on their "
+              f"number: its column says @{few}; kid is unbiased", file=sys.stderr)
+    prefix, at = "random-" * (b["inception"] == "random"), f"@{few}" * (few < FEW)
+    letter = "" if prefix else letter  # the established names are for the established weights
+    found = {}
+    if processes.rank > 0:  # what follows is one process's work
+        return {"distances": found}
+    both = lambda *keys: all(key in part for key in keys for part in (reference, samples))
+    for name, keys in ("fid", ("mu", "sigma")), ("sfid", ("mu_s", "sigma_s")):
+        if name in names:
+            found[f"{prefix}{letter}{name}{at}"] = frechet_distance(
+                *(part[key].double() for part in (reference, samples) for key in keys)) if both(*keys) else None
+    if names & {"kid", "pr"} and both("features"):
+        device = torch.device("cpu") if processes.device.type == "mps" else processes.device
+        x, y = (part["features"].to(device).double() for part in (reference, samples))
+    if "kid" in names:
+        found[f"{prefix}kid"], found[f"{prefix}kid_se"] = kid(x, y) if both("features") else (None, None)
+    if "pr" in names:
+        found[f"{prefix}precision"], found[f"{prefix}recall"] = precision_recall(x, y) if both("features") else (None, None)
+    if "is" in names:
+        found[f"{prefix}is"] = inception_score(samples["class_sums"]) if "class_sums" in samples else None
+    lacking = [name for name, value in found.items() if value is None]
+    if args.metrics and lacking:
+        raise UsageError(f"{', '.join(lacking)} of {a['name']} and {b['name']}: the stored statistics do not hold what "
+                         "it takes; give the images")
+    return {"distances": found, "reference": a, "compared": b}
+
+
+def save_statistics(path, statistics, processes):
+    """Write a dictionary of statistics as .npz, which --reference and `evaluate.py A B` take; mu and sigma as in ADM's."""
+    if processes.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {name: value.numpy() for name, value in statistics.items() if name != "about"}
+        np.savez(path, about=json.dumps(statistics["about"]), **arrays)
+
+
+# ------------------------------------------------------------------------------------------------ reports
+
+
 @torch.no_grad()
-def evaluate_tokenizer(path, checkpoint, args, processes):
-    """The report of one tokenizer checkpoint, a dictionary; also draws OUT/NAME.png."""
+def evaluate_tokenizer(path, checkpoint, args, processes, network):
+    """The report of one tokenizer checkpoint, a dictionary; also draws OUT/NAME.png. network: Inception or None."""
     rank, world, device, _ = processes
     trained = checkpoint["args"]
     model = build_tokenizer(trained).to(device, memory_format=torch.channels_last).eval()
@@ -135,6 +648,8 @@ def evaluate_tokenizer(path, checkpoint, args, processes):
 
     scores = torch.zeros(len(chosen), 3, dtype=torch.float64)                           # psnr, ssim, lpips of each image
     usage = CodeUsage(model.levels) if model.discrete else None
+    names = wanted(args, {"fid", "kid"})
+    originals, rebuilt = (network and Measure(network, len(chosen), names) for _ in range(2))
     seconds = 0.0
     for part, (x, _) in zip(mine.split(args.batch_size), tqdm(loader, desc=str(path), disable=None if rank == 0 else True)):
         begin = time.perf_counter()
@@ -148,6 +663,9 @@ def evaluate_tokenizer(path, checkpoint, args, processes):
             scores[part, 2] = lpips(to_float(x, device), to_float(y, device)).cpu().double()
         if usage:
             usage.update(indices)
+        if network:
+            originals.update(x, part)
+            rebuilt.update(y, part)
     scores = processes.sum(scores.to(exact))  # each image's row is non-zero in one process only, so the sum is exact
     if usage and world > 1:
         usage.all_reduce()
@@ -159,8 +677,13 @@ def evaluate_tokenizer(path, checkpoint, args, processes):
     results = {"images": len(chosen), "psnr": means[0], "ssim": means[1], "lpips": means[2] if lpips else None,
                "bits_per_pixel": bits / math.prod(size), "compression": 24 * math.prod(size) / bits,
                "images_per_s": world * len(mine) / seconds, "codes": usage.report() if usage else None}
-    return describe(path, checkpoint, args, processes, results, data=data, split=args.split, image_size=size,
-                    crop="centre (ADM)")
+    about = dict(crop=f"{size[0]} x {size[1]}, centre (ADM)")
+    distances = {"distances": {"rfid": None}}
+    if network:
+        distances = compare(originals.finish(processes, name=f"{data}, {args.split}", **about),
+                            rebuilt.finish(processes, name="reconstructions", **about), args, names, processes, "r")
+    return describe(path, checkpoint, args, processes, {**results, **distances}, data=data, split=args.split,
+                    image_size=size, **about)
 
 
 def describe(path, checkpoint, args, processes, results, **settings):
@@ -189,9 +712,12 @@ def sampling_settings(args, kind):
 
 
 @torch.no_grad()
-def evaluate_generator(path, checkpoint, args, processes):
-    """The report of one generator checkpoint, a dictionary; draws OUT/NAME.png, and keeps the samples if asked to."""
-    rank, world, device, _ = processes
+def evaluate_generator(path, checkpoint, args, processes, network, references):
+    """The report of one generator checkpoint, a dictionary; draws OUT/NAME.png, and keeps the samples if asked to.
+
+    network: Inception or None. references: {(source, crop): statistics}, what several checkpoints share.
+    """
+    device = processes.device
     trained, kind, classes = checkpoint["args"], checkpoint["kind"], checkpoint["classes"]
     settings, size = sampling_settings(args, kind), trained["image_size"]
     stage = load_stage(checkpoint["tokenizer"], size, device)
@@ -199,42 +725,95 @@ def evaluate_generator(path, checkpoint, args, processes):
     load_weights(model, checkpoint[args.weights], path)
     loss = generator_loss(checkpoint, args, model, stage, processes)
 
-    # Samples: blocks of the global index go to the processes in turn, so that a block is computed alike by whomever.
     count, name = args.num_samples or 1000, report_name(path)
     labels = torch.arange(count) % len(classes)
     if args.labels == "random":
         labels = torch.randint(len(classes), (count,), generator=torch.Generator().manual_seed(seed_of(args.seed, -1)))
+    reference = find_reference(trained["data"], size, args, processes, network, references) if network else None
+    measure = Measure(network, count, wanted(args)) if reference else None
     folder = args.out / f"{name}.tmp"
-    if rank == 0:
+    if processes.rank == 0:
         create_array(folder / "samples.npy", (count, *size, 3), np.uint8)
     processes.barrier()
-    samples, seconds = np.load(folder / "samples.npy", mmap_mode="r+"), 0.0
-    for block in tqdm(list(torch.arange(count).split(args.batch_size))[rank::world], desc=f"sampling {name}",
-                      disable=None if rank == 0 else True):
+    samples = np.load(folder / "samples.npy", mmap_mode="r+")
+    try:
+        seconds = draw_samples(samples, labels, lambda labels, indices: sample_pictures(
+            model, stage, labels, indices, args.seed, settings), args, processes, measure, name)
+    except ValueError as error:  # the settings' ranges are the samplers' own business
+        raise UsageError(f"{path}: {error}")
+    if processes.rank == 0:
+        draw_classes(args.out / f"{name}.png", samples, labels, classes)
+        if args.save_npz:
+            save_npz(args.out / f"{name}.npz", folder / "samples.npy", labels)
+        shutil.rmtree(folder)
+    distances = {"distances": {"random-fid" if args.inception == "random" else "gfid": None}}
+    if measure:
+        about = dict(name=f"samples of {path}", crop=f"{size[0]} x {size[1]}")
+        distances = compare(reference, measure.finish(processes, **about), args, wanted(args), processes, "g")
+    per_image, seen = model.flops_per_image(), checkpoint["step"] * trained["batch_size"]
+    rate = processes.world * count / seconds
+    results = {"samples": count, **loss, "images_per_s": rate, "tokens_per_s": rate * math.prod(stage.grid), **distances,
+               "parameters": sum(p.numel() for p in model.parameters()), "train_images": seen, "train_flops": seen * per_image}
+    return describe(path, checkpoint, args, processes, results, sampling=settings, labels=args.labels,
+                    seed=args.seed, image_size=size)
+
+
+def draw_samples(samples, labels, draw, args, processes, measure, name):
+    """Fill samples (N,H,W,3), an array that all processes share; feeds `measure`, if any. Returns the seconds it took them all.
+
+    draw(labels, indices) -> (B,3,H,W) uint8. Blocks of the global index go to the processes in turn, so that a block is
+    computed alike by whomever.
+    """
+    seconds = 0.0
+    for block in tqdm(list(torch.arange(len(samples)).split(args.batch_size))[processes.rank::processes.world],
+                      desc=f"sampling {name}", disable=None if processes.rank == 0 else True):
         begin = time.perf_counter()
         with processes.autocast():
-            try:
-                pictures = sample_pictures(model, stage, labels[block].to(device), block.tolist(), args.seed, settings).cpu()
-            except ValueError as error:  # the settings' ranges are the samplers' own business
-                raise UsageError(f"{path}: {error}")
+            pictures = draw(labels[block].to(processes.device), block.tolist()).cpu()
         seconds += time.perf_counter() - begin
+        if measure:
+            measure.update(pictures, block)
         samples[block.numpy()] = pictures.permute(0, 2, 3, 1).numpy()
         for i, picture in zip(block.tolist(), samples[block.numpy()] if args.save_images else []):
             (args.out / name).mkdir(exist_ok=True)
             Image.fromarray(picture).save(args.out / name / f"{i:06d}.png")
     samples.flush()
-    seconds = processes.sum(torch.tensor(seconds)).item()                               # waits for all samples
-    if rank == 0:
-        draw_classes(args.out / f"{name}.png", samples, labels, classes)
-        if args.save_npz:
-            save_npz(args.out / f"{name}.npz", folder / "samples.npy", labels)
-        shutil.rmtree(folder)
-    per_image, seen = model.flops_per_image(), checkpoint["step"] * trained["batch_size"]
-    results = {"samples": count, **loss, "images_per_s": world * count / seconds,
-               "tokens_per_s": world * count * math.prod(stage.grid) / seconds,
-               "parameters": sum(p.numel() for p in model.parameters()), "train_images": seen, "train_flops": seen * per_image}
-    return describe(path, checkpoint, args, processes, results, sampling=settings, labels=args.labels,
-                    seed=args.seed, image_size=size)
+    return processes.sum(torch.tensor(seconds)).item()                                  # waits for all samples
+
+
+def find_reference(data, size, args, processes, network, references):
+    """The statistics that samples of images of `data` are compared with, or None with one line on stderr if it is not here."""
+    source, names = args.reference or args.data or data, wanted(args) - {"is"}
+    if (source, *size) not in references:
+        try:
+            split = "all" if args.reference and source not in ("shapes", "cifar10") else "train"
+            opened = open_set(source, args, size, split)
+        except UsageError as error:
+            if args.reference or args.data or args.metrics:
+                raise UsageError(f"{error}".replace("--data", "--reference"))
+            if processes.rank == 0:
+                print(f"gfid n/a: {error}; name other images with --reference", file=sys.stderr)
+            return None
+        references[source, *size] = measure_set(opened, args, processes, lambda: network,
+                                                INCEPTION_METRICS if args.save_reference else names)
+        if args.save_reference:
+            save_statistics(args.save_reference, references[source, *size], processes)
+    return references[source, *size]
+
+
+@torch.no_grad()
+def evaluate_sets(args, processes):
+    """The report of two sets of images, the first one being the reference; of one that is only to be saved, None."""
+    network = functools.cache(lambda: load_inception(args, processes))
+    names = wanted(args)
+    first, *second = [open_set(path, args) for path in args.checkpoints]
+    reference = measure_set(first, args, processes, network, INCEPTION_METRICS if args.save_reference else names - {"is"})
+    if args.save_reference:
+        save_statistics(args.save_reference, reference, processes)
+    if second:
+        found = compare(reference, measure_set(second[0], args, processes, network, names), args, names, processes)
+        return {"kind": "sets", "flags": plain_args(args), "device": str(processes.device), "processes": processes.world,
+                "torch": torch.__version__, "results": found}
 
 
 def generator_loss(checkpoint, args, model, stage, processes):
@@ -283,15 +862,21 @@ def report_name(path):
 
 def table_row(report):
     """The report as {column: text}."""
-    r, t = report["results"], report["training"]
+    r = report["results"]
     number = lambda value, form: "n/a" if value is None else format(value, form)
+    distances = {name: number(value, ".4g") for name, value in r["distances"].items()}
+    if report["kind"] == "sets":
+        images = lambda about: str(about["images"] or "stored")
+        return {"reference": Path(r["reference"]["name"]).name, "images": images(r["reference"]),
+                "compared": Path(r["compared"]["name"]).name, "of them": images(r["compared"]), **distances}
+    t = report["training"]
     row = {"checkpoint": report_name(report["checkpoint"]), "step": str(report["step"])}
     if report["kind"] == "tokenizer":
         codes = r["codes"]
         used = [channel["use"] for channel in codes["channels"]] if codes else []
         return {**row, "quantizer": t["quantizer"], "images": str(r["images"]), "psnr": number(r["psnr"], ".2f"),
                 "ssim": number(r["ssim"], ".4f"), "lpips": number(r["lpips"], ".4f"),
-                "rfid": "n/a",  # the Frechet distance is not built yet
+                **distances,
                 "codes": f"{codes['codes_used']}/{codes['codebook_size']}" if codes else "n/a",
                 "entropy": f"{codes['entropy_bits']:.2f}/{codes['bits_per_token']:.2f}" if codes else "n/a",
                 "min use": number(min(used), ".3f") if used else "n/a", "bits/px": number(r["bits_per_pixel"], ".3f"),
@@ -299,33 +884,50 @@ def table_row(report):
     return {**row, "model": f"{report['kind']} {t['size']}", "params": f"{r['parameters'] / 1e6:.1f}M",
             "train flops": f"{r['train_flops']:.2e}", "bits/token": number(r.get("val_bits_per_token"), ".3f"),
             "flow loss": number(r.get("val_loss"), ".4f"), "samples": str(r["samples"]),
-            "cfg": f"{report['sampling']['cfg_scale']:g}", "gfid": "n/a",
+            "cfg": f"{report['sampling']['cfg_scale']:g}", **distances,
             "img/s": number(r["images_per_s"], ".1f"), "tok/s": number(r["tokens_per_s"], ".0f")}
 
 
 def print_table(rows):
-    """Rows {column: text} with the same columns, aligned."""
-    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]}
-    for row in [{column: column for column in widths}, *rows]:
-        print("  ".join(row[column].rjust(width) for column, width in widths.items()))
+    """Rows {column: text}, aligned; what a row lacks is a dash."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    widths = {column: max(len(column), *(len(row.get(column, "-")) for row in rows)) for column in columns}
+    for row in [{column: column for column in columns}, *rows]:
+        print("  ".join(row.get(column, "-").rjust(widths[column]) for column in columns))
 
 
 def evaluate(args):
     processes = start_processes(args)
-    checkpoints = {path: load_checkpoint(path) for path in args.checkpoints}  # all, so that a wrong name is noticed at once
-    args.out.mkdir(parents=True, exist_ok=True)
-    reports = []
-    for path, checkpoint in checkpoints.items():
-        measure = evaluate_tokenizer if checkpoint["kind"] == "tokenizer" else evaluate_generator
-        reports.append(measure(path, checkpoint, args, processes))
-        if processes.rank == 0:
-            (args.out / f"{report_name(path)}.json").write_text(json.dumps(reports[-1], indent=1))
-    if processes.rank == 0:
-        for rows in ([table_row(r) for r in reports if (r["kind"] == "tokenizer") == tokenizers]
-                     for tokenizers in (True, False)):
-            if rows:
-                print_table(rows)
+    reports, note = {}, ""
+    if is_image_set(args.checkpoints[0]):
+        report = evaluate_sets(args, processes)
+        if report:
+            reports["-".join(Path(path).resolve().stem for path in args.checkpoints)] = report
+    else:
+        checkpoints = {path: load_checkpoint(path) for path in args.checkpoints}  # all: a wrong name is noticed at once
+        if (args.reference or args.save_reference) and all(c["kind"] == "tokenizer" for c in checkpoints.values()):
+            raise UsageError("--reference is for the samples of generators; a tokenizer is compared with its own images")
+        (network, note), references = try_inception(args, processes), {}
+        args.out.mkdir(parents=True, exist_ok=True)
+        for path, checkpoint in checkpoints.items():
+            reports[report_name(path)] = (
+                evaluate_tokenizer(path, checkpoint, args, processes, network) if checkpoint["kind"] == "tokenizer"
+                else evaluate_generator(path, checkpoint, args, processes, network, references))
+    if processes.rank > 0:
+        return
+    for name, report in reports.items():
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{name}.json").write_text(json.dumps(report, indent=1))
+    for kinds in ("tokenizer",), ("llamagen", "dit"), ("sets",):
+        rows = [table_row(report) for report in reports.values() if report["kind"] in kinds]
+        if rows:
+            print_table(rows)
+    if note:
+        print(note, file=sys.stderr)
+    if reports:
         print(f"reports and pictures in {args.out}")
+    if args.save_reference:
+        print(f"statistics of the reference in {args.save_reference}")
 
 
 def main(argv=None):

@@ -539,6 +539,8 @@ def fetch(name, folder):
                           "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
         "lpips_alex.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth",
                            "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
+        "pt_inception-2015-12-05-6726825d.pth": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                                                 "pt_inception-2015-12-05-6726825d.pth", "6726825d"),
     }[name]
     path = Path(folder) / name
     if path.exists():

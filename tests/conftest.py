@@ -4,12 +4,15 @@
 `sd/KEY`, `in/NAME`, `out/NAME`, and `meta`, a JSON text that names the source and the constructor arguments).
 """
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+
+os.environ["https_proxy"] = "http://127.0.0.1:9"  # no test downloads anything, nor do the programs that it starts
 
 
 def load_golden(name):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,7 +56,7 @@ def test_report_and_table(checkpoints, tmp_path, capsys):
     assert ae["results"]["codes"] is None
     for text in ("ifsq-ckpt", "ae-ckpt", "psnr", f"{r['psnr']:.2f}", f"{r['codes']['codes_used']}/83521"):
         assert text in printed
-    assert ifsq["training"]["lr"] == 0.002 and ifsq["settings"]["weights"] == "ema" and len(ifsq["sha256"]) == 64
+    assert ifsq["training"]["lr"] == 0.002 and ifsq["weights"] == "ema" and len(ifsq["sha256"]) == 64
     assert (tmp_path / "ifsq-ckpt.png").stat().st_size > 500
 
 
@@ -88,16 +89,18 @@ def test_numbers_do_not_depend_on_batch_size_or_processes(checkpoints, tmp_path,
             assert b == (pytest.approx(a, rel=1e-6) if key in ("psnr", "ssim") else a)
 
 
-def test_missing_weights_are_reported_and_only_fatal_when_asked_for(checkpoints, tmp_path, capsys, monkeypatch):
-    def offline(url, path, hash_prefix):
-        raise OSError("no network")
+def offline(url, path, hash_prefix):
+    raise OSError("no network")
 
+
+def test_missing_weights_are_reported_and_only_fatal_when_asked_for(checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(evaluate, "try_lpips", lambda args, size, device: original(args, [64, 64], device))
     argv = [str(checkpoints / "ifsq" / "ckpt.pt"), "--device", "cpu", "--out", str(tmp_path / "out"),
             "--pretrained", str(tmp_path)]
     evaluate.main(argv)
     captured = capsys.readouterr()
+    assert "rfid" in captured.out and "fid, sfid, kid, is, precision, recall n/a: pt_inception" in captured.err
     assert "n/a" in captured.out and "alexnet-owt-7be5be79.pth" in captured.err and str(tmp_path) in captured.err
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*argv, "--metrics", "lpips"])
@@ -105,6 +108,100 @@ def test_missing_weights_are_reported_and_only_fatal_when_asked_for(checkpoints,
 
 
 original = evaluate.try_lpips
+
+
+RANDOM = ["--inception", "random", "--metrics", "fid", "kid", "is", "pr"]  # not sfid, which takes as long as fid again
+
+
+def close(a, b):
+    """Two reports' distances agree, to more digits than are printed."""
+    return {name: pytest.approx(value, rel=1e-5) for name, value in a["results"]["distances"].items()} == \
+        b["results"]["distances"]
+
+
+def test_random_inception_is_never_called_fid(checkpoints, tmp_path, capsys):
+    """A tokenizer on 10 images; the same numbers from saved pictures, given as two folders and as an .npz and a folder."""
+    path = checkpoints / "ifsq" / "ckpt.pt"
+    reports, printed = report(capsys, tmp_path / "one", path, "--split", "all", "--num-samples", "10", "--inception", "random",
+                              "--metrics", "fid", "kid")
+    found = reports["ifsq-ckpt"]["results"]
+    assert list(found["distances"]) == ["random-fid@10", "random-kid", "random-kid_se"]
+    assert "random-fid@10" in printed and " fid" not in printed and "rfid" not in printed
+    assert found["reference"]["images"] == 10 and found["reference"]["crop"] == "24 x 24, centre (ADM)"
+    assert found["reference"]["inception"] == "random" and found["reference"]["preprocessing"] == "tf1"
+
+    state = train.load_checkpoint(path)
+    model = train.build_tokenizer(state["args"]).eval()
+    model.load_state_dict(state["ema"])
+    images = train.open_images(checkpoints / "data", "all", [24, 24])
+    x = torch.stack([images[i][0] for i in torch.linspace(0, 19, 10).round().long().tolist()])
+    pictures = {"real": x, "fake": train.to_uint8(model(train.to_float(x, "cpu"))[0])}
+    for name, batch in pictures.items():
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(batch.permute(0, 2, 3, 1).numpy()):
+            train.Image.fromarray(image).save(tmp_path / name / f"{i}.png")
+    np.savez(tmp_path / "real.npz", x.permute(0, 2, 3, 1).numpy())
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=x.permute(0, 2, 3, 1).numpy())
+    pairs = {}
+    for first in ("real", "real.npz"):
+        pairs.update(report(capsys, tmp_path / "two", tmp_path / first, tmp_path / "fake", *RANDOM, "--batch-size", "3")[0])
+        pair = pairs["real-fake"]["results"]
+        for name in found["distances"]:
+            assert pair["distances"][name] == pytest.approx(found["distances"][name], rel=1e-4)
+        assert pair["reference"]["sha256_sum"] == found["reference"]["sha256_sum"] and pair["reference"]["crop"] == "none"
+        assert 0 <= pair["distances"]["random-precision"] <= 1 <= pair["distances"]["random-is"]
+    packed = [evaluate.open_npz(tmp_path / f"{name}.npz")[1] for name in ("real", "packed")]
+    assert isinstance(packed[0].source, np.memmap) and all(torch.equal(part[7][0], x[7]) for part in packed)
+
+
+def test_saved_reference_gives_the_same_numbers_on_any_number_of_processes(checkpoints, tmp_path, capsys):
+    data, out = checkpoints / "data", tmp_path / "out"
+    small = tmp_path / "small"
+    small.mkdir()
+    for i in range(5):
+        train.Shapes("val", [20, 20 + 8 * (i % 2)])[i][0].save(small / f"{i}.png")       # of two sizes
+    saved = tmp_path / "saved.npz"
+    first, _ = report(capsys, out, data, small, *RANDOM, "--save-reference", saved)
+    again, _ = report(capsys, out, saved, small, *RANDOM, "--batch-size", "2")
+    assert close(first["data-small"], again["saved-small"]) and "random-fid@5" in first["data-small"]["results"]["distances"]
+    about = [reports["results"]["reference"] for reports in (first["data-small"], again["saved-small"])]
+    assert about[0].items() <= about[1].items() and about[1]["file"] == str(saved)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py",
+                    str(data), str(small), *RANDOM, "--device", "cpu", "--out", str(tmp_path / "two")], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    two = json.loads((tmp_path / "two" / "data-small.json").read_text())
+    assert close(first["data-small"], two) and two["processes"] == 2
+    assert two["results"]["reference"] == first["data-small"]["results"]["reference"]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["{data}"], "two sets of images"),
+    (["{data}", "{ifsq}"], "not 1 checkpoints and 1 sets"),
+    (["{data}", "/no/such/folder"], "no such folder"),
+    (["{data}", "{tmp}/empty"], "no images in it"),
+    (["{tmp}/broken.npz", "{data}"], "cannot be read as .npz"),
+    (["{tmp}/none.npz", "{data}"], "neither images (arr_0) nor statistics"),
+    (["{tmp}/float.npz", "{data}"], "images are uint8 (N, H, W, 3)"),
+    (["{tmp}/narrow.npz", "{data}"], "not of Inception features"),
+    (["{data}", "{data}", "--inception", "{tmp}/broken.npz"], "cannot be read as weights"),
+    (["{data}", "{data}", "--inception", "{tmp}/wrong.pth"], "do not fit this model"),
+    (["{ifsq}", "--inception", "{tmp}/nowhere.pth"], "cannot be read as weights"),
+    (["{ifsq}", "--metrics", "fid", "--pretrained", "{tmp}"], "pt_inception-2015-12-05-6726825d.pth could not be downloaded"),
+    (["{ifsq}", "--reference", "{data}"], "--reference is for the samples of generators"),
+])
+def test_mistakes_about_images_end_in_one_line(checkpoints, tmp_path, capsys, monkeypatch, argv, words):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 not whole")
+    np.savez(tmp_path / "none.npz", other=np.zeros(3))
+    np.savez(tmp_path / "float.npz", np.zeros((4, 8, 8, 3)))
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(768), sigma=np.zeros((768, 768)))
+    torch.save({"some.weight": torch.zeros(3)}, tmp_path / "wrong.pth")
+    argv = [word.format(ifsq=checkpoints / "ifsq" / "ckpt.pt", data=checkpoints / "data", tmp=tmp_path) for word in argv]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*argv, "--device", "cpu", "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1, error
 
 
 @pytest.mark.parametrize("argv, words", [

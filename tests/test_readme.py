@@ -54,9 +54,9 @@ def test_imports_go_one_way(module):
 
 @pytest.mark.parametrize("module", ["train", "evaluate"])
 def test_every_flag_has_a_help_line(module):
-    calls = [node for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())) if isinstance(node, ast.Call)
-             and node.args and isinstance(node.func, ast.Name)
-             and node.func.id in ("add", "group") and isinstance(node.args[0], ast.Constant) and str(node.args[0].value).startswith("--")]
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("add", "group")
+             and str(getattr(node.args[0], "value", "")).startswith("--")]
     assert len(calls) > 20
     for call in calls:
         assert "help" in {keyword.arg for keyword in call.keywords}, call.args[0].value
