@@ -241,7 +241,7 @@ class Shapes(Dataset):
     def __getitem__(self, index):
         rng = np.random.default_rng([list(self.lengths).index(self.split), index])
         label = index % len(self.classes)
-        hue, sky, x0, y0, size, turn = rng.uniform([0, 0, -0.2, -0.2, 0.5, -0.2], [1, 1, 0.2, 0.2, 0.7, 0.2])
+        hue, sky, x0, y0, size, turn = rng.uniform([0, 0, -0.15, -0.15, 0.6, -0.15], [1, 1, 0.15, 0.15, 0.8, 0.15])
         # Each pixel is the mean of 3 x 3 points, which smooths the outline. Units: half of the shorter side; y points up.
         points = [(np.arange(3 * n) + 0.5) / 3 - n / 2 for n in (self.height, self.width)]
         y, x = np.meshgrid(*(p * 2 / min(self.height, self.width) for p in points), indexing="ij")
