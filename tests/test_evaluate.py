@@ -120,7 +120,7 @@ def close(a, b):
 
 
 def test_random_inception_is_never_called_fid(checkpoints, tmp_path, capsys):
-    """A tokenizer on 10 images; the same numbers from saved pictures, given as two folders and as an .npz and a folder."""
+    """A tokenizer on 10 images, and the same numbers from saved pictures, given as an .npz and a folder."""
     path = checkpoints / "ifsq" / "ckpt.pt"
     reports, printed = report(capsys, tmp_path / "one", path, "--split", "all", "--num-samples", "10", "--inception", "random",
                               "--metrics", "fid", "kid")
@@ -142,24 +142,22 @@ def test_random_inception_is_never_called_fid(checkpoints, tmp_path, capsys):
             train.Image.fromarray(image).save(tmp_path / name / f"{i}.png")
     np.savez(tmp_path / "real.npz", x.permute(0, 2, 3, 1).numpy())
     np.savez_compressed(tmp_path / "packed.npz", arr_0=x.permute(0, 2, 3, 1).numpy())
-    pairs = {}
-    for first in ("real", "real.npz"):
-        pairs.update(report(capsys, tmp_path / "two", tmp_path / first, tmp_path / "fake", *RANDOM, "--batch-size", "3")[0])
-        pair = pairs["real-fake"]["results"]
-        for name in found["distances"]:
-            assert pair["distances"][name] == pytest.approx(found["distances"][name], rel=1e-4)
-        assert pair["reference"]["sha256_sum"] == found["reference"]["sha256_sum"] and pair["reference"]["crop"] == "none"
-        assert 0 <= pair["distances"]["random-precision"] <= 1 <= pair["distances"]["random-is"]
+    pairs, _ = report(capsys, tmp_path / "two", tmp_path / "real.npz", tmp_path / "fake", *RANDOM, "--batch-size", "3")
+    pair = pairs["real-fake"]["results"]
+    for name in found["distances"]:
+        assert pair["distances"][name] == pytest.approx(found["distances"][name], rel=1e-4)
+    assert pair["reference"]["sha256_sum"] == found["reference"]["sha256_sum"] and pair["reference"]["crop"] == "none"
+    assert 0 <= pair["distances"]["random-precision"] <= 1 <= pair["distances"]["random-is"]
     packed = [evaluate.open_npz(tmp_path / f"{name}.npz")[1] for name in ("real", "packed")]
     assert isinstance(packed[0].source, np.memmap) and all(torch.equal(part[7][0], x[7]) for part in packed)
 
 
 def test_saved_reference_gives_the_same_numbers_on_any_number_of_processes(checkpoints, tmp_path, capsys):
-    data, out = checkpoints / "data", tmp_path / "out"
-    small = tmp_path / "small"
-    small.mkdir()
-    for i in range(5):
-        train.Shapes("val", [20, 20 + 8 * (i % 2)])[i][0].save(small / f"{i}.png")       # of two sizes
+    data, small, out = tmp_path / "data", tmp_path / "small", tmp_path / "out"
+    for folder, split, count in (data, "train", 7), (small, "val", 5):
+        folder.mkdir()
+        for i in range(count):
+            train.Shapes(split, [20, 20 + 8 * (i % 2)])[i][0].save(folder / f"{i}.png")   # of two sizes
     saved = tmp_path / "saved.npz"
     first, _ = report(capsys, out, data, small, *RANDOM, "--save-reference", saved)
     again, _ = report(capsys, out, saved, small, *RANDOM, "--batch-size", "2")
@@ -172,6 +170,31 @@ def test_saved_reference_gives_the_same_numbers_on_any_number_of_processes(check
     two = json.loads((tmp_path / "two" / "data-small.json").read_text())
     assert close(first["data-small"], two) and two["processes"] == 2
     assert two["results"]["reference"] == first["data-small"]["results"]["reference"]
+
+
+def test_generator_report_names_its_reference(checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(train.llamagen.SIZES, "nano", (2, 2, 32))
+    data = str(checkpoints / "data")
+    train.main(["--tokenizer", str(checkpoints / "ifsq" / "ckpt.pt"), "--data", data, "--size", "nano", "--device", "cpu",
+                "--dtype", "fp32", "--batch-size", "4", "--steps", "1", "--out", str(tmp_path / "lm"),
+                "--cache-dir", str(tmp_path / "cache")])
+    flags = [tmp_path / "lm" / "ckpt.pt", "--num-samples", "5", "--inception", "random"]
+    reports, _ = report(capsys, tmp_path, *flags, "--metrics", "kid", "is", "--reference-images", "6",
+                              "--save-reference", tmp_path / "saved.npz")
+    first = reports["lm-ckpt"]
+    about = first["results"]["reference"]
+    assert list(first["results"]["distances"]) == ["random-kid", "random-kid_se", "random-is"]
+    assert (about["name"], about["split"], about["images"], about["crop"]) == (data, "train", 6, "24 x 24, centre (ADM)")
+    assert first["results"]["samples"] == 5 and first["results"]["compared"]["images"] == 5
+    reports, _ = report(capsys, tmp_path, *flags, "--metrics", "kid", "is", "--reference", tmp_path / "saved.npz")
+    assert close(first, reports["lm-ckpt"]) and reports["lm-ckpt"]["results"]["reference"]["images"] == 6
+    os.rename(data, f"{data}.moved")                                                    # the images of the run are gone
+    try:
+        evaluate.main([*map(str, flags), "--device", "cpu", "--out", str(tmp_path)])
+    finally:
+        os.rename(f"{data}.moved", data)
+    captured = capsys.readouterr()
+    assert "random-fid" in captured.out and "n/a" in captured.out and "gfid n/a: --data" in captured.err
 
 
 @pytest.mark.parametrize("argv, words", [
