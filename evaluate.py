@@ -608,7 +608,7 @@ def compare(reference, samples, args, names, processes, letter=""):
         device = torch.device("cpu") if processes.device.type == "mps" else processes.device
         x, y = (part["features"].to(device).double() for part in (reference, samples))
     if "kid" in names:
-        found[f"{prefix}kid"], found[f"{prefix}kid_se"] = kid(x, y) if both("features") else (None, None)
+        found[f"{prefix}kid"], found[f"{prefix}kid_se"] = kid(y, x) if both("features") else (None, None)
     if "pr" in names:
         found[f"{prefix}precision"], found[f"{prefix}recall"] = precision_recall(x, y) if both("features") else (None, None)
     if "is" in names:

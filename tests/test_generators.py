@@ -162,7 +162,8 @@ def test_the_cache_feeds_dit_with_normalised_latents(tokenizers, tmp_path):
     torch.testing.assert_close(latents * stage.std + stage.mean, stage.tokenizer.encode(x)[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3), correction=0), torch.ones(4), atol=1e-4, rtol=0)
-    assert torch.equal(stage.decode(latents), train.to_uint8(stage.tokenizer(x)[0]))
+    difference = stage.decode(latents).int() - train.to_uint8(stage.tokenizer(x)[0]).int()
+    assert difference.abs().max() <= 1  # rounding to uint8 may fall either way
 
 
 @pytest.fixture(scope="module")
