@@ -639,6 +639,8 @@ def evaluate_tokenizer(path, checkpoint, args, processes, network):
     model = build_tokenizer(trained).to(device, memory_format=torch.channels_last).eval()
     load_weights(model, checkpoint[args.weights], path)
     data, size = args.data or trained["data"], trained["image_size"]
+    if min(size) < 7:
+        raise UsageError(f"{path}: SSIM's window needs images of 7 px, these have {size}: train on larger ones")
     images = open_images(data, args.split, size, skip_bad=args.skip_bad_images)
     chosen = torch.linspace(0, len(images) - 1, min(args.num_samples or len(images), len(images))).round().long()
     mine = torch.arange(rank, len(chosen), world)

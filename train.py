@@ -1094,8 +1094,8 @@ def generator_losses(args, net, stage, batch, device):
 def validate_generator(args, model, stage, tokens, processes, batch_size=64, limit=1000):
     """Validation loss on the centre views: {"val_bits_per_token"} of LlamaGen, {"val_loss"} of DiT.
 
-    DiT's is the velocity's squared error at fixed times and with fixed noise, so that runs can be compared: image i of n is
-    looked at at t = (i + 0.5) / n of a shuffled order. Blocks of images go to the processes in turn.
+    DiT's is the velocity's squared error at fixed times and with fixed noise, so that runs can be compared: the n images of
+    a block are looked at at t = 0.5/n, 1.5/n, ... in a shuffled order. Blocks go to the processes in turn.
     """
     model.eval()
     chosen = spread(tokens, limit)
