@@ -225,8 +225,8 @@ def check_args(args):
 class Shapes(Dataset):
     """Ten classes of drawings, a pure function of (split, index): something to train on in minutes without a download.
 
-    Each is one upright shape in a vivid colour on a pale background that fades from top to bottom; hues, size, place and a
-    slight turn vary. Returns (PIL image, class).
+    Each is one upright shape in a vivid colour on a background that fades from white to grey; hue, size, place and a slight
+    turn vary. (A coloured background as well is more than 16 tokens learn in five minutes.) Returns (PIL image, class).
     """
 
     classes = ["disk", "ring", "square", "triangle", "diamond", "cross", "star", "heart", "crescent", "hourglass"]
@@ -241,17 +241,16 @@ class Shapes(Dataset):
     def __getitem__(self, index):
         rng = np.random.default_rng([list(self.lengths).index(self.split), index])
         label = index % len(self.classes)
-        hue, sky, x0, y0, size, turn = rng.uniform([0, 0, -0.15, -0.15, 0.6, -0.15], [1, 1, 0.15, 0.15, 0.8, 0.15])
+        hue, x0, y0, size, turn = rng.uniform([0, -0.15, -0.15, 0.6, -0.15], [1, 0.15, 0.15, 0.8, 0.15])
         # Each pixel is the mean of 3 x 3 points, which smooths the outline. Units: half of the shorter side; y points up.
         points = [(np.arange(3 * n) + 0.5) / 3 - n / 2 for n in (self.height, self.width)]
         y, x = np.meshgrid(*(p * 2 / min(self.height, self.width) for p in points), indexing="ij")
         u, v = (x - x0) / size, (-y - y0) / size
         inside = self.inside(label, u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn))
         mask = inside.reshape(self.height, 3, self.width, 3).mean((1, 3))[..., None]    # (H,W,1) in [0, 1]
-        rainbow = lambda h: 0.5 + 0.5 * np.cos(2 * np.pi * (h + np.array([0, 1 / 3, 2 / 3])))
-        fade = np.linspace(1.0, 0.8, self.height)[:, None, None]
-        background = fade * (0.8 + 0.2 * rainbow(sky))
-        picture = background + mask * (0.1 + 0.8 * rainbow(hue) - background)           # (H,W,3)
+        colour = 0.5 + 0.4 * np.cos(2 * np.pi * (hue + np.array([0, 1 / 3, 2 / 3])))     # (3,) RGB
+        background = np.linspace(0.95, 0.75, self.height)[:, None, None]
+        picture = background + mask * (colour - background)                             # (H,W,3)
         return Image.fromarray((picture * 255).round().astype(np.uint8)), label
 
     @staticmethod
