@@ -237,14 +237,14 @@ class DiT(nn.Module):
                              f"{hidden_size // num_heads} per head: change hidden_size or num_heads")
         self.input_size, self.patch_size, self.in_channels = (height, width), patch_size, in_channels
         self.num_classes, self.grad_checkpoint = num_classes, grad_checkpoint
-        grid = height // patch_size, width // patch_size
+        self.dim, self.grid = hidden_size, (height // patch_size, width // patch_size)  # C, and rows and columns of tokens
         out_channels = 2 * in_channels if learn_sigma else in_channels
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.register_buffer("pos_embed", sincos_positions(*grid, hidden_size))         # (1, T, C), fixed
-        self.feat_rope = Rope2d(*grid, hidden_size // num_heads) if rope else None
+        self.register_buffer("pos_embed", sincos_positions(*self.grid, hidden_size))         # (1, T, C), fixed
+        self.feat_rope = Rope2d(*self.grid, hidden_size // num_heads) if rope else None
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm, swiglu, rmsnorm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, rmsnorm)
         self.initialize_weights()

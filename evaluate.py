@@ -8,6 +8,7 @@
     python evaluate.py out/llamagen-shapes/tokenizer/ckpt.pt              # reconstructions of a tokenizer
     python evaluate.py a/ckpt.pt b/ckpt.pt --data DIR --split all         # several: one table
     python evaluate.py out/llamagen-shapes/ckpt.pt --reference imagenet256.npz --num-samples 50000
+    python evaluate.py a/ckpt.pt b/ckpt.pt --probe                        # what each layer knows of the image (REPA)
     python evaluate.py REAL FAKE                                          # any two: folders, .npz of images or of statistics
     torchrun --nproc_per_node=8 evaluate.py ckpt.pt                       # the same numbers and pictures, sooner
 
@@ -23,6 +24,7 @@ samples with --reference. Below 2048 images it is called fid@N: it is biased by 
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import pickle
@@ -43,12 +45,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+import dit
+import repa
 from fsq import CodeUsage
 from tokenizer import psnr
 from train import (CACHE, UsageError, build_generator, build_tokenizer, cache_tokens, create_array, draw_reconstructions,
-                   drop_bad_images, fail, fetch, load_checkpoint, load_lpips, load_stage, load_weights, open_folder,
-                   open_images, plain_args, sample_pictures, sampling_defaults, seed_of, start_processes, to_float,
-                   to_uint8, validate_generator)
+                   drop_bad_images, fail, fetch, find_teacher, load_checkpoint, load_lpips, load_stage, load_teacher,
+                   load_weights, open_folder, open_images, plain_args, sample_pictures, sampling_defaults, seed_of, spread,
+                   start_processes, to_float, to_uint8, validate_generator)
 
 METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
 INCEPTION_METRICS = frozenset(METRICS[4:])
@@ -56,6 +60,7 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 PUBLISHED = "6726825d"  # what the SHA-256 of that file begins with
 FEW = 2048              # with fewer images than features a covariance is singular, and the distance says so in its name
 STATISTICS = {"mu", "sigma", "mu_s", "sigma_s", "features", "class_sums"}  # the arrays of a file of statistics
+PROBE_TIME = 0.5        # where on DiT's path from noise (0) to data (1) its layers are probed
 KEPT = 10_000           # features kept for what compares images with each other (KID, precision, recall): 82 MB a set
 
 
@@ -108,6 +113,10 @@ def parse_args(argv=None):
     group("--sample-steps", type=int, metavar="N", help="DiT: steps from noise to data")
     group("--timestep-shift", type=float, metavar="S", help="DiT: below 1 smaller steps near the noise, above 1 near the data")
     group("--guide-channels", type=int, metavar="N", help="DiT: guide only the first N latent channels (the public code: 3)")
+    group("--probe", action="store_true", help="per layer: CKNNA with a teacher, and how near each state is to the final state of "
+          "its own token (STS) and of the next (NTS); OUT/probe.png")
+    group("--repa-teacher", metavar="{dinov2_vitb14,...,PATH}", help="teacher of --probe: DINOv2 by name, or a file as in "
+          "train.py (default: that of the training run, or of another checkpoint given)")
     group("--save-npz", action="store_true", help="keep the samples as OUT/NAME.npz in ADM's format: arr_0 (N,H,W,3) uint8, "
           "arr_1 labels")
     group("--save-images", action="store_true", help="keep the samples as OUT/NAME/000000.png, ...")
@@ -714,10 +723,11 @@ def sampling_settings(args, kind):
 
 
 @torch.no_grad()
-def evaluate_generator(path, checkpoint, args, processes, network, references):
+def evaluate_generator(path, checkpoint, args, processes, network, references, teacher):
     """The report of one generator checkpoint, a dictionary; draws OUT/NAME.png, and keeps the samples if asked to.
 
-    network: Inception or None. references: {(source, crop): statistics}, what several checkpoints share.
+    network: Inception or None. references: {(source, crop): statistics}, what several checkpoints share. teacher: what
+    `load_teacher` returned, for --probe, or None.
     """
     device = processes.device
     trained, kind, classes = checkpoint["args"], checkpoint["kind"], checkpoint["classes"]
@@ -725,7 +735,14 @@ def evaluate_generator(path, checkpoint, args, processes, network, references):
     stage = load_stage(checkpoint["tokenizer"], size, device)
     model = build_generator(trained, stage.tokenizer.levels, len(classes)).to(device).eval()
     load_weights(model, checkpoint[args.weights], path)
-    loss = generator_loss(checkpoint, args, model, stage, processes)
+    images, tokens = validation_set(checkpoint, args, stage, processes)
+    found = {}
+    if tokens:
+        found = validate_generator(argparse.Namespace(**trained), model, stage, tokens, processes)
+    if teacher and not tokens:
+        raise UsageError(f"--probe needs the images that {path} was trained on: name them with --data")
+    if teacher:
+        found["probe"] = probe(model, stage, tokens, images, trained["unconditional"], teacher, args, processes)
 
     count, name = args.num_samples or 1000, report_name(path)
     labels = torch.arange(count) % len(classes)
@@ -754,7 +771,7 @@ def evaluate_generator(path, checkpoint, args, processes, network, references):
         distances = compare(reference, measure.finish(processes, **about), args, wanted(args), processes, "g")
     per_image, seen = model.flops_per_image(), checkpoint["step"] * trained["batch_size"]
     rate = processes.world * count / seconds
-    results = {"samples": count, **loss, "images_per_s": rate, "tokens_per_s": rate * math.prod(stage.grid), **distances,
+    results = {"samples": count, **found, "images_per_s": rate, "tokens_per_s": rate * math.prod(stage.grid), **distances,
                "parameters": sum(p.numel() for p in model.parameters()), "train_images": seen, "train_flops": seen * per_image}
     return describe(path, checkpoint, args, processes, results, sampling=settings, labels=args.labels,
                     seed=args.seed, image_size=size)
@@ -818,8 +835,8 @@ def evaluate_sets(args, processes):
                 "torch": torch.__version__, "results": found}
 
 
-def generator_loss(checkpoint, args, model, stage, processes):
-    """The validation loss as in training, or {} with one line on stderr if the images of the training run are not here."""
+def validation_set(checkpoint, args, stage, processes):
+    """(images, their Tokens) of a generator's --split, or (None, None) with one line on stderr if they are not here."""
     trained = argparse.Namespace(**{**checkpoint["args"], "data": args.data or checkpoint["args"]["data"],
                                     "cache_dir": args.out / "cache"})
     try:
@@ -829,9 +846,79 @@ def generator_loss(checkpoint, args, model, stage, processes):
             raise
         if processes.rank == 0:
             print(f"validation loss n/a: {error}", file=sys.stderr)
-        return {}
-    tokens = cache_tokens(trained, processes, checkpoint["tokenizer"], stage.tokenizer, images, args.split, 1)
-    return validate_generator(trained, model, stage, tokens, processes)
+        return None, None
+    return images, cache_tokens(trained, processes, checkpoint["tokenizer"], stage.tokenizer, images, args.split, 1)
+
+
+@torch.no_grad()
+def probe(model, stage, tokens, images, unconditional, teacher, args, processes, topk=10):
+    """What the layers of a generator hold of (at most 1000) images: a dictionary with a number per layer, and its conditions.
+
+    cknna: do images whose states are alike look alike to the teacher, too? A row is the mean over an image's tokens.
+    sts, nts: mean cosine of a token's state with its own final state, and with the next token's (see repa.py).
+    LlamaGen sees the image's own tokens, DiT its latents half-way to noise; both its class.
+    """
+    (network, name), diffusion = teacher, isinstance(model, dit.DiT)
+    layers = range(1, len(model.blocks if diffusion else model.layers) + 1)
+    chosen = spread(tokens, 1000)
+    if len(chosen) < 12:
+        raise UsageError(f"--probe compares each image with its {topk} neighbours, and there are {len(chosen)} images: add some")
+    pooled = [torch.zeros(len(chosen), dim) for dim in (network.dim, *[model.dim] * len(layers))]
+    similarities = torch.zeros(2, len(layers), dtype=torch.float64)
+    for block in torch.arange(len(chosen)).split(args.batch_size)[processes.rank::processes.world]:
+        indices = chosen[block].tolist()
+        codes, labels = (torch.stack([torch.as_tensor(tokens[i][part]) for i in indices]).to(processes.device) for part in (0, 1))
+        labels = labels * (not unconditional)
+        with processes.autocast():
+            if diffusion:
+                x1 = stage.latents_of(codes)
+                noise = torch.stack([torch.randn(x1.shape[1:], generator=torch.Generator().manual_seed(seed_of(args.seed, i)))
+                                     for i in indices]).to(x1)
+                x = torch.lerp(noise, x1, PROBE_TIME)
+                states = model(x, torch.full_like(x[:, 0, 0, 0], PROBE_TIME), labels, hidden_layer=layers)[1]
+            else:
+                states = model(labels, codes, hidden_layer=layers)[1]                   # one (B,T,C) per layer
+            features = network.features(to_float(torch.stack([images[i][0] for i in indices]), processes.device), model.grid)
+        for kept, state in zip(pooled, (features, *states)):
+            kept[block] = state.float().mean(1).cpu()
+        for shift in (0, 1):
+            similarities[shift] += len(block) * torch.tensor(repa.token_similarity(states, shift), dtype=torch.float64)
+    seen, *pooled = [processes.sum(kept) for kept in pooled]                            # each row is one process's: exact
+    sts, nts = (processes.sum(similarities) / len(chosen)).tolist()
+    return {"teacher": name, "images": len(chosen), "topk": topk, "pooling": "mean over tokens",
+            "timestep": PROBE_TIME if diffusion else None, "cknna": [repa.cknna(kept, seen, topk) for kept in pooled],
+            "sts": sts, "nts": nts}
+
+
+def draw_curves(path, panels, xlabel, size=(340, 230)):
+    """PNG of plots side by side. panels: {title: {name of a curve: (x values, y values)}}; a name has one colour in all."""
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    colours = dict(zip(names, itertools.cycle(["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f"])))
+    zoom, (w, h), font = 2, size, ImageFont.load_default(size=20)                       # drawn at twice the size: smooth lines
+    sheet = Image.new("RGB", (zoom * w * len(panels), zoom * (h + 16 * len(names) + 8)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (title, curves) in enumerate(panels.items()):
+        left, top, right, bottom = (zoom * v for v in (place * w + 48, 26, place * w + w - 14, h - 36))
+        xs, ys = ([v for curve in curves.values() for v in curve[axis]] for axis in (0, 1))
+        (x0, x1), (y0, y1) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys))
+        at = lambda x, y: (left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
+        pen.rectangle((left, top, right, bottom), outline="#999999", width=2)
+        pen.text(((left + right) / 2, top - 8), title, fill="black", font=font, anchor="mb")
+        pen.text(((left + right) / 2, bottom + 32), xlabel, fill="black", font=font, anchor="mt")
+        for part in (0, 0.5, 1):
+            x, y = x0 + part * (x1 - x0), y0 + part * (y1 - y0)
+            pen.text((at(x, y0)[0], bottom + 8), f"{x:.4g}", fill="black", font=font, anchor="mt")
+            pen.text((left - 8, at(x0, y)[1]), f"{y:.3g}", fill="black", font=font, anchor="rm")
+        for name, curve in curves.items():
+            points = [at(x, y) for x, y in zip(*curve)]
+            pen.line(points, fill=colours[name], width=4, joint="curve")
+            for x, y in points:
+                pen.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colours[name])
+    for row, name in enumerate(names):
+        y = zoom * (h + 16 * row + 8)
+        pen.line((zoom * 20, y, zoom * 44, y), fill=colours[name], width=6)
+        pen.text((zoom * 50, y), name, fill="black", font=font, anchor="lm")
+    sheet.resize((sheet.width // zoom, sheet.height // zoom), Image.Resampling.LANCZOS).save(path)
 
 
 def draw_classes(path, samples, labels, classes, columns=10, limit=12):
@@ -910,11 +997,12 @@ def evaluate(args):
         if (args.reference or args.save_reference) and all(c["kind"] == "tokenizer" for c in checkpoints.values()):
             raise UsageError("--reference is for the samples of generators; a tokenizer is compared with its own images")
         (network, note), references = try_inception(args, processes), {}
+        teacher = probe_teacher(args, checkpoints, processes) if args.probe else None
         args.out.mkdir(parents=True, exist_ok=True)
         for path, checkpoint in checkpoints.items():
             reports[report_name(path)] = (
                 evaluate_tokenizer(path, checkpoint, args, processes, network) if checkpoint["kind"] == "tokenizer"
-                else evaluate_generator(path, checkpoint, args, processes, network, references))
+                else evaluate_generator(path, checkpoint, args, processes, network, references, teacher))
     if processes.rank > 0:
         return
     for name, report in reports.items():
@@ -924,12 +1012,30 @@ def evaluate(args):
         rows = [table_row(report) for report in reports.values() if report["kind"] in kinds]
         if rows:
             print_table(rows)
+    probes = {name: report["results"]["probe"] for name, report in reports.items() if "probe" in report["results"]}
+    if probes:
+        print(f"teacher: {next(iter(probes.values()))['teacher']}")
+        print_table([{"layer": str(layer + 1), **{f"{name} {key}": f"{found[key][layer]:.3f}" for name, found in probes.items()
+                                                  for key in ("cknna", "sts", "nts") if layer < len(found[key])}}
+                     for layer in range(max(len(found["sts"]) for found in probes.values()))])
+        draw_curves(args.out / "probe.png", {
+            title: {name: (range(1, len(found[key]) + 1), found[key]) for name, found in probes.items()} for title, key in
+            (("CKNNA with the teacher", "cknna"), ("self-token similarity", "sts"), ("next-token similarity", "nts"))}, "layer")
     if note:
         print(note, file=sys.stderr)
     if reports:
         print(f"reports and pictures in {args.out}")
     if args.save_reference:
         print(f"statistics of the reference in {args.save_reference}")
+
+
+def probe_teacher(args, checkpoints, processes):
+    """The teacher of --probe as `load_teacher` returns it: the one named, or the first that a checkpoint was trained with."""
+    known = [checkpoint["teacher"] for checkpoint in checkpoints.values() if checkpoint.get("teacher")]
+    if args.repa_teacher is None and not known:
+        raise UsageError("--probe needs a teacher, and these checkpoints were trained without one: name it with --repa-teacher, "
+                         "dinov2_vitb14 or a file")
+    return load_teacher(find_teacher(args.repa_teacher) if args.repa_teacher else known[0], args.pretrained, processes)
 
 
 def main(argv=None):

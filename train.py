@@ -6,7 +6,7 @@ Each of these runs as it is:
 
     python train.py                                                      # tokenizer + LlamaGen on built-in images, on a CPU
     python train.py --model dit --tokenizer out/llamagen-shapes/tokenizer/ckpt.pt
-    torchrun --nproc_per_node=8 train.py --model llamagen
+    torchrun --nproc_per_node=8 train.py --model llamagen --repa-layer 8 # on 8 GPUs, aligned with a vision encoder
     python train.py --model tokenizer --data cifar10 --downsample 4
     python train.py --model tokenizer --data DIR --image-size 256 --size paper
     python train.py --resume                                             # goes on where it stopped
@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -41,6 +42,7 @@ from tqdm import tqdm
 
 import dit
 import llamagen
+import repa
 from fsq import CodeUsage
 from tokenizer import (LPIPS, QUANTIZERS, PatchDiscriminator, Tokenizer, adversarial_loss, discriminator_loss, psnr,
                        reconstruction_loss)
@@ -60,12 +62,19 @@ SCHEDULES = {  # the paper's learning rates are constant; a short run gains a lo
     ("tokenizer", "paper"): dict(steps=500_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0, cooldown=0.0,
                                  ema_decay=0.999),
     ("llamagen", "nano"): dict(steps=1000, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=100, cooldown=0.3, ema_decay=0.99,
-                               dropout=0.0),
+                               dropout=0.0, repa_weight=2.0, repa_width=512),
     ("llamagen", "paper"): dict(steps=250_000, batch_size=256, lr=1e-4, weight_decay=0.05, warmup=0, cooldown=0.0,
-                                ema_decay=0.9999, dropout=0.1),
-    ("dit", "nano"): dict(steps=1000, batch_size=64, lr=1e-3, weight_decay=0.0, warmup=100, cooldown=0.3, ema_decay=0.99),
-    ("dit", "paper"): dict(steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0, cooldown=0.0, ema_decay=0.9999),
+                                ema_decay=0.9999, dropout=0.1, repa_weight=2.0, repa_width=2048),
+    ("dit", "nano"): dict(steps=1000, batch_size=64, lr=1e-3, weight_decay=0.0, warmup=100, cooldown=0.3, ema_decay=0.99,
+                          repa_weight=0.5, repa_width=2048),
+    ("dit", "paper"): dict(steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0, cooldown=0.0, ema_decay=0.9999,
+                           repa_weight=0.5, repa_width=512),
 }
+DINO_PX = 128  # the image side from which --repa-teacher auto takes DINOv2
+CLASSIFIER = dict(steps=600, batch_size=128, lr=3e-3, weight_decay=0.05, warmup=60, cooldown=0.9, ema_decay=0.99)
+# What does not touch the first stage: the same tokenizer serves all generators.
+GENERATOR_FLAGS = ["token_groups", "patch_size", "dropout", "class_dropout", "crops", "grad_checkpoint", "repa_layer",
+                   "repa_weight", "repa_width", "repa_teacher", "cache_teacher"]
 SIZES = {"tokenizer": list(TOKENIZERS), "llamagen": list(llamagen.SIZES), "dit": list(dit.SIZES)}
 # Flags that may differ from those of the run that --resume continues: none of them changes what a step computes.
 HARMLESS = {"out", "resume", "steps", "num_workers", "save_every", "eval_every", "log_every", "compile", "device", "cache_dir",
@@ -138,6 +147,16 @@ def parse_args(argv=None):
           "(default: %(default)s)")
     group("--grad-checkpoint", action="store_true", help="recompute each layer in the backward pass: less memory, "
           "a third more time")
+
+    group = parser.add_argument_group("alignment of a generator with a vision encoder (REPA)").add_argument
+    group("--repa-layer", type=int, metavar="K", help="align the hidden state after layer K (the first is 1; a third of the "
+          "depth is a good choice) with a teacher's view of the image (default: no alignment)")
+    group("--repa-weight", type=float, metavar="W", help=f"weight of the alignment loss (default: {schedule('repa_weight')})")
+    group("--repa-teacher", metavar="{auto,classifier,dinov2_vitb14,...,PATH}", help="classifier: a small network trained on the "
+          "labels first, in OUT/teacher; a DINOv2 by name (vits14 vitb14 vitl14 vitg14, or one with _reg), downloaded; a file of "
+          f"either (default: auto = DINOv2-B from {DINO_PX} px on, the classifier below)")
+    group("--cache-teacher", action="store_true", help="keep the teacher's features beside the tokens, in 16 bits, instead of "
+          "reading the images and running the teacher in every step")
 
     group = parser.add_argument_group("training").add_argument
     group("--steps", type=int, help=f"optimiser steps in all (default: {schedule('steps')})")
@@ -214,6 +233,12 @@ def check_args(args):
     if args.disc_start >= 0 and min(args.image_size) < needed:
         raise UsageError(f"a discriminator of {args.disc_layers} layers needs images of {needed} px: "
                          "lower --disc-layers or set --disc-start -1")
+    depth = {"llamagen": llamagen, "dit": dit}[args.model].SIZES[args.size][0] if args.model != "tokenizer" else 0
+    if args.repa_layer is not None and not 1 <= args.repa_layer <= depth:
+        raise UsageError(f"--repa-layer {args.repa_layer}: --model {args.model} --size {args.size} has "
+                         + (f"{depth} layers, choose from 1 to {depth}" if depth else "no layers to align"))
+    if args.repa_layer is None and (args.repa_teacher or args.cache_teacher):
+        raise UsageError("--repa-teacher and --cache-teacher need --repa-layer K, which says where to align")
     if args.model == "llamagen" and args.quantizer in ("vae", "ae"):
         raise UsageError(f"--model llamagen predicts integers, which the {args.quantizer} tokenizer does not have: "
                          "use --model dit or another --quantizer")
@@ -379,6 +404,10 @@ class Images(Dataset):
         image, label = self.source[index]
         return crop(image, self.image_size, place, number % 2 == 1), label
 
+    def pixels(self, index, number):
+        """The crop of `view` alone, (3,H,W) uint8."""
+        return self.view(index, number)[0]
+
 
 def open_images(data, split, image_size, seed=0, skip_bad=False):
     """--data and a split ("train", "val" or, for folders, "all") -> Images."""
@@ -531,6 +560,7 @@ def fetch(name, folder):
     The download goes to a temporary file, is checked by SHA-256 and moved into place. Raises UsageError, with what to put
     where, if it fails.
     """
+    dinov2 = [repa.dinov2_url(name + kind) for name in repa.SIZES for kind in ("", "_reg")]
     url, sha256 = {
         "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
         "alexnet-owt-7be5be79.pth": ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79"),
@@ -540,6 +570,7 @@ def fetch(name, folder):
                            "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
         "pt_inception-2015-12-05-6726825d.pth": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                                                  "pt_inception-2015-12-05-6726825d.pth", "6726825d"),
+        **{Path(url).name: (url, "") for url in dinov2},  # published without hashes; `dinov2_from_state` checks the contents
     }[name]
     path = Path(folder) / name
     if path.exists():
@@ -575,8 +606,8 @@ def save_checkpoint(path, state):
         raise UsageError(f"could not save {path} ({error}): make room; the checkpoint that was there before is untouched")
 
 
-def load_checkpoint(path):
-    """The dictionary that a training run saved. Runs no code from the file. Raises UsageError if it is not one."""
+def read_file(path):
+    """The dictionary in a file of torch.save. Runs no code from the file. Raises UsageError if it holds none."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint")
@@ -585,7 +616,15 @@ def load_checkpoint(path):
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
         raise UsageError(f"{path} is not a whole checkpoint ({reason})")
-    if not isinstance(state, dict) or state.get("format") != 1:
+    if not isinstance(state, dict):
+        raise UsageError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
+    return state
+
+
+def load_checkpoint(path):
+    """The dictionary that a training run saved. Raises UsageError if the file is another one."""
+    state = read_file(path)
+    if state.get("format") != 1:
         raise UsageError(f"{path} is not a checkpoint of train.py")
     return state
 
@@ -621,8 +660,8 @@ class Log:
     A run that goes on keeps the rows up to its step. path None: a process that only measures.
     """
 
-    columns = ["step", "loss", "l1", "lpips", "bottleneck", "g_loss", "d_weight", "d_loss", "mse", "cosine", "grad_norm", "lr",
-               "images_per_s", "val_l1", "val_psnr", "val_use", "val_entropy_bits", "val_bits_per_token", "val_loss"]
+    columns = ["step", "loss", "l1", "lpips", "bottleneck", "g_loss", "d_weight", "d_loss", "mse", "cosine", "alignment",
+               "accuracy", "grad_norm", "lr", "images_per_s", "val_accuracy", "val_l1", "val_psnr", "val_use", "val_entropy_bits", "val_bits_per_token", "val_loss"]
 
     def __init__(self, path, start, sums):
         self.path, self.sums = path, {name: (torch.tensor(total), count) for name, (total, count) in sums.items()}
@@ -908,9 +947,14 @@ def first_stage(args):
     """The path of the finished tokenizer OUT/tokenizer/ckpt.pt of a generator, trained now as far as it is missing."""
     stage = copy.copy(args)
     preset = "nano" if args.size == "nano" else "paper"
-    vars(stage).update(SCHEDULES["tokenizer", preset], model="tokenizer", size=preset, out=args.out / "tokenizer",
-                       init_from=None, resume=None, grad_accum=1)
+    vars(stage).update(dict.fromkeys(GENERATOR_FLAGS), **SCHEDULES["tokenizer", preset], model="tokenizer", size=preset,
+                       out=args.out / "tokenizer", init_from=None, resume=None, grad_accum=1)
     stage.steps = args.tokenizer_steps or stage.steps
+    return finish_stage(stage, train_tokenizer)
+
+
+def finish_stage(stage, train):
+    """The path of STAGE.OUT/ckpt.pt, a run with the flags `stage`, which train(stage) begins or continues if it must."""
     path = stage.out / "ckpt.pt"
     if path.exists():
         stage.resume = "OUT"
@@ -918,9 +962,9 @@ def first_stage(args):
         check_resume(stage, saved)
         if saved["step"] >= stage.steps:
             return path
-    if start_processes(args).rank == 0:
-        print(f"stage one: {'continuing' if path.exists() else 'training'} the tokenizer in {stage.out}", flush=True)
-    return train_tokenizer(stage)
+    if start_processes(stage).rank == 0:
+        print(f"first {'continuing' if path.exists() else 'training'} the {stage.model} in {stage.out}", flush=True)
+    return train(stage)
 
 
 # ------------------------------------------------------------------------------------------------ the token cache
@@ -931,12 +975,13 @@ class Tokens(Dataset):
 
     The integers serve both generators: LlamaGen predicts them, and DiT looks their codes up (`latents_of`), which for iFSQ
     is arithmetic. Continuous tokenizers store fp16 latents (d,h,w) instead. [index] is the centre view, [index, epoch] one
-    of the views at random.
+    of the views at random. With `beside`, something that maps (index, view) to what a REPA teacher sees of that same crop,
+    it is (codes, class, that).
     """
 
-    def __init__(self, folder, seed=0):
+    def __init__(self, folder, seed=0, beside=None):
         self.codes, self.labels = np.load(folder / "codes.npy", mmap_mode="r"), np.load(folder / "labels.npy")
-        self.seed, self.views = seed, self.codes.shape[1]
+        self.seed, self.views, self.beside = seed, self.codes.shape[1], beside
 
     def __len__(self):
         return len(self.labels)
@@ -946,7 +991,18 @@ class Tokens(Dataset):
         view = 0 if epoch is None else seed_of(self.seed, epoch, index) % self.views
         codes = torch.from_numpy(np.asarray(self.codes[index, view],
                                             dtype=np.int64 if self.codes.dtype.kind in "iu" else np.float32))
-        return codes, int(self.labels[index])
+        item = codes, int(self.labels[index])
+        return item if self.beside is None else (*item, self.beside(index, view))
+
+
+class Features:
+    """(index, view) -> the features (T,D) fp16 that a teacher has of it, on disk: the `beside` of Tokens for --cache-teacher."""
+
+    def __init__(self, folder):
+        self.features = np.load(folder / "codes.npy", mmap_mode="r")
+
+    def __call__(self, index, view):
+        return torch.from_numpy(np.array(self.features[index, view]))
 
 
 def smallest_integer(size):
@@ -954,53 +1010,72 @@ def smallest_integer(size):
     return np.uint16 if size <= 2**16 else np.uint32 if size <= 2**32 else np.int64
 
 
-def cache_key(checkpoint, images, data, split, views):
-    """What the cached integers depend on: the tokenizer's weights, the list of images, the crops."""
+def cache_key(weights, images, data, split, views, *more):
+    """What cached integers or features depend on: the network's weights, the list of images, the crops."""
     digest = hashlib.sha256()
-    for name, weight in sorted(checkpoint["ema"].items()):
-        digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
     files = [(str(p), p.stat().st_size) for p in images.source.paths] if isinstance(images.source, Folder) else data
-    digest.update(repr((files, split, len(images), images.image_size, views, images.seed if views > 2 else None)).encode())
+    digest.update(repr((files, split, len(images), images.image_size, views, images.seed if views > 2 else None,
+                        *more)).encode())
     return digest.hexdigest()[:16]
 
 
-@torch.no_grad()
-def cache_tokens(args, processes, checkpoint, tokenizer, images, split, views, batch_size=128):
-    """Encode a data set once, or find that this was done: returns its Tokens.
-
-    The processes share the work. Everything is written into a folder of another name, which gets its own only when it is
-    complete; decoded.png in it shows what the integers hold.
-    """
-    folder = args.cache_dir / f"{split}-{cache_key(checkpoint, images, args.data, split, views)}"
-    unfinished = folder.with_name(folder.name + ".tmp")
+def cache_tokens(args, processes, checkpoint, tokenizer, images, split, views):
+    """Encode a data set once, or find that this was done: returns its Tokens. decoded.png beside them shows what they hold."""
     h, w = (side // tokenizer.downsample for side in args.image_size)
     shape, dtype = (((h * w,), smallest_integer(math.prod(tokenizer.levels))) if tokenizer.discrete
                     else ((len(tokenizer.levels), h, w), np.float16))
-    shape = (len(images), views, *shape)
-    if processes.sum(torch.tensor(float(not folder.is_dir()))):  # the same answer for all: they wait for each other below
-        if processes.rank == 0:
-            create_array(unfinished / "codes.npy", shape, dtype)
-        processes.barrier()
-        codes, labels = np.load(unfinished / "codes.npy", mmap_mode="r+"), np.zeros(len(images), dtype=np.int64)
-        mine = torch.arange(processes.rank, len(images), processes.world)
-        bar = tqdm(total=len(mine), desc=f"encoding {split}", unit="image", disable=None if processes.rank == 0 else True)
-        for part in mine.split(max(1, batch_size // views)):
-            seen = [images.view(i, number) for i in part.tolist() for number in range(views)]
-            x = torch.stack([x for x, _ in seen])                                       # (B*views, 3, H, W)
-            z, indices = tokenizer.encode(to_float(x, processes.device))                # in fp32, so that it can be repeated
-            found = (z if indices is None else indices).reshape(len(part), *shape[1:])
-            codes[part.numpy()] = found.cpu().numpy().astype(dtype)
-            labels[part.numpy()] = [label for _, label in seen[::views]]
-            bar.update(len(part))
-        bar.close()
-        codes.flush()
-        labels = processes.sum(torch.from_numpy(labels)).numpy()
-        if processes.rank == 0:
-            np.save(unfinished / "labels.npy", labels)
-            draw_cache(unfinished / "decoded.png", tokenizer, codes, (h, w), processes)
-            os.replace(unfinished, folder)
-        processes.barrier()
+
+    def encode(x):
+        z, indices = tokenizer.encode(x)                                                # in fp32, so that it can be repeated
+        return z if indices is None else indices
+
+    folder = args.cache_dir / f"{split}-{cache_key(checkpoint['ema'], images, args.data, split, views)}"
+    fill_cache(folder, (len(images), views, *shape), dtype, encode, images, processes,
+               lambda path, codes: draw_cache(path, tokenizer, codes, (h, w), processes))
     return Tokens(folder, args.seed)
+
+
+def cache_features(args, processes, teacher, images, grid, views):
+    """The teacher's features of every view of a data set, as Features; computed once."""
+    folder = args.cache_dir / f"teacher-{cache_key(teacher.state_dict(), images, args.data, 'train', views, grid)}"
+    shape = len(images), views, math.prod(grid), teacher.dim
+    fill_cache(folder, shape, np.float16, lambda x: teacher.features(x, grid), images, processes)
+    return Features(folder)
+
+
+@torch.no_grad()
+def fill_cache(folder, shape, dtype, encode, images, processes, draw=lambda path, codes: None, batch_size=128):
+    """FOLDER/codes.npy, of this shape (images, views, ...) and dtype, and labels.npy, unless they are there.
+
+    encode: (B,3,H,W) fp32 -> B codes. The processes share the work. Everything is written into a folder of another name,
+    which gets its own only when it is complete.
+    """
+    unfinished, views = folder.with_name(folder.name + ".tmp"), shape[1]
+    if not processes.sum(torch.tensor(float(not folder.is_dir()))):  # the same answer for all: they wait for each other below
+        return
+    if processes.rank == 0:
+        create_array(unfinished / "codes.npy", shape, dtype)
+    processes.barrier()
+    codes, labels = np.load(unfinished / "codes.npy", mmap_mode="r+"), np.zeros(len(images), dtype=np.int64)
+    mine = torch.arange(processes.rank, len(images), processes.world)
+    bar = tqdm(total=len(mine), desc=f"encoding {folder.name.split('-')[0]}", unit="image",
+               disable=None if processes.rank == 0 else True)
+    for part in mine.split(max(1, batch_size // views)):
+        seen = [images.view(i, number) for i in part.tolist() for number in range(views)]
+        found = encode(to_float(torch.stack([x for x, _ in seen]), processes.device))   # (B*views, ...)
+        codes[part.numpy()] = found.reshape(len(part), *shape[1:]).cpu().numpy().astype(dtype)
+        labels[part.numpy()] = [label for _, label in seen[::views]]
+        bar.update(len(part))
+    bar.close()
+    codes.flush()
+    labels = processes.sum(torch.from_numpy(labels)).numpy()
+    if processes.rank == 0:
+        np.save(unfinished / "labels.npy", labels)
+        draw(unfinished / "decoded.png", codes)
+        os.replace(unfinished, folder)
+    processes.barrier()
 
 
 def create_array(path, shape, dtype):
@@ -1025,6 +1100,110 @@ def draw_cache(path, tokenizer, codes, grid, processes):
     some = torch.from_numpy(some.astype(np.float32 if some.dtype == np.float16 else np.int64)).to(processes.device)
     z = tokenizer.quantize.codes(some.unflatten(1, grid)) if tokenizer.discrete else some
     save_image(to_uint8(tokenizer.decode(z)).cpu().float() / 255, path, nrow=8, padding=2)
+
+
+# ------------------------------------------------------------------------------------------------ the teacher of REPA
+
+
+def train_classifier(args):
+    """Train repa.Classifier on the labels of the images, as a teacher; leaves OUT/ckpt.pt, and returns its path."""
+    saved = saved_state(args)
+    processes = start_processes(args)
+    images, val_images = (open_images(args.data, split, args.image_size, args.seed, args.skip_bad_images)
+                          for split in ("train", "val"))
+    if len(images.classes) < 2:
+        raise UsageError(f"a classifier cannot learn from one class ({images.classes[0]}): sort the images into a folder for "
+                         "each class, or take --repa-teacher dinov2_vitb14 or its file")
+    args.batch_size = max(1, min(args.batch_size, len(images)) // processes.world) * processes.world
+    batches = load_batches(args, processes, images, saved)
+    torch.manual_seed(seed_of(args.seed, -1))
+    model = repa.Classifier(len(images.classes)).to(processes.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    parts = {"model": model, "ema": copy.deepcopy(model).requires_grad_(False), "optimizer": optimizer}
+    net = processes.wrap(model)
+    describe(processes, model, f"classifier of {len(images.classes)} classes; {args.data}: {len(images)} train images")
+
+    def losses(batch, step):
+        x, labels = to_float(batch[0], processes.device), batch[1].to(processes.device)
+        slack = min(x.shape[2:]) // 10  # shifts of up to a tenth of the image, the same for the whole batch
+        down, across = torch.randint(2 * slack + 1, (2,)).tolist()
+        x = F.pad(x, (slack,) * 4, mode="reflect")[:, :, down:, across:][:, :, :x.shape[2], :x.shape[3]]
+        logits = net(x)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        return loss, {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
+
+    @torch.no_grad()
+    def validate():
+        right = torch.zeros(2, dtype=torch.float64)
+        for part in spread(val_images, 1000)[processes.rank :: processes.world].split(64):
+            x, labels = default_collate([val_images[i] for i in part.tolist()])
+            right += torch.tensor([(parts["ema"](to_float(x, processes.device)).argmax(1).cpu() == labels).sum(), len(x)])
+        right, total = processes.sum(right).tolist()
+        return {"val_accuracy": right / total}, {"accuracy": right / total}
+
+    return fit(args, processes, saved, parts, batches, lambda step: (net, optimizer), losses, validate,
+               {"kind": "classifier", "classes": images.classes})
+
+
+def teacher_stage(args):
+    """The checkpoint of the classifier in OUT/teacher, trained now as far as it is missing."""
+    kept = ("data", "image_size", "num_workers", "skip_bad_images", "device", "dtype", "seed", "grad_clip", "log_every",
+            "save_every", "eval_every")
+    stage = argparse.Namespace(**{name: getattr(args, name) for name in kept}, **CLASSIFIER, model="classifier",
+                               out=args.out / "teacher", resume=None, grad_accum=1)
+    return load_checkpoint(finish_stage(stage, train_classifier))
+
+
+def find_teacher(name):
+    """--repa-teacher NAME, a DINOv2 by name or a file, as `load_teacher` takes it and a checkpoint holds it.
+
+    The file may be DINOv2's weights, a classifier's checkpoint, or that of a generator that was aligned.
+    """
+    if Path(name).is_file():
+        state = read_file(name)
+        if state.get("format") == 1:
+            found = state if state["kind"] == "classifier" else state.get("teacher")
+            if not found:
+                raise UsageError(f"--repa-teacher {name} is the checkpoint of a {state['kind']} without a teacher: name one "
+                                 "of a classifier, or of a generator trained with --repa-layer")
+            return found
+    return {"kind": "dinov2", "source": name}
+
+
+def load_teacher(found, folder, processes):
+    """What `find_teacher` found -> (a frozen network with .dim and .features(images, grid), what it is in words).
+
+    folder: where pretrained weights are looked for, and downloaded to. Raises UsageError if they cannot be had.
+    """
+    if found["kind"] == "classifier":
+        model = repa.Classifier(len(found["classes"]))
+        load_weights(model, found["ema"], "the classifier")
+        name = f"classifier of {len(found['classes'])} classes, validation accuracy {found['accuracy']:.1%}"
+        return model.to(processes.device, memory_format=torch.channels_last).eval().requires_grad_(False), name
+    source = path = found["source"]
+    try:
+        if not Path(source).is_file():
+            file = Path(repa.dinov2_url(source)).name
+            if processes.rank == 0:  # one downloads, the others find it
+                fetch(file, folder)
+            processes.barrier()
+            path = fetch(file, folder)
+        return repa.dinov2_from_state(read_file(path)).to(processes.device), source
+    except ValueError as error:
+        raise UsageError(f"--repa-teacher {source}: {error}")
+
+
+class Aligned(nn.Module):
+    """A generator and the projector of its hidden state as one module, so that one wrapper averages all their gradients."""
+
+    def __init__(self, model, projector):
+        super().__init__()
+        self.model, self.projector = model, projector
+
+    def forward(self, *args, **kwargs):
+        """As the model's forward with hidden_layer, but the hidden state comes out projected: (output, (B,T,D))."""
+        output, hidden = self.model(*args, **kwargs)
+        return output, self.projector(hidden)
 
 
 # ------------------------------------------------------------------------------------------------ stage two: the generators
@@ -1076,17 +1255,28 @@ def build_generator(args, levels, num_classes):
         raise UsageError(f"{error}")
 
 
-def generator_losses(args, net, stage, batch, device):
-    """One micro-batch of Tokens -> (loss, its named parts)."""
-    codes, labels = (part.to(device, non_blocking=True) for part in batch)
+def generator_losses(args, net, stage, look, batch, device):
+    """One micro-batch of Tokens -> (loss, its named parts). With --repa-layer `net` is an Aligned, and the batch has a third
+    part, from which `look` makes the teacher's features (B,T,D)."""
+    codes, labels, *seen = (part.to(device, non_blocking=True) for part in batch)
     labels = labels * (not args.unconditional)
     drop = torch.rand(len(labels), device=device) < args.class_dropout
     if args.model == "llamagen":
-        loss = llamagen.cross_entropy(net(labels, codes, drop=drop), codes)
-        return loss, {"loss": loss}
-    x1 = stage.latents_of(codes)                                                        # (B,d,h,w)
-    found = dit.flow_matching_loss(net, x1, labels, torch.randn_like(x1), dit.logit_normal_t(len(x1), device=device), drop=drop)
-    return found["loss"], {"loss": found["loss"], "mse": found["mse"].mean(), "cosine": found["cosine"].mean()}
+        output, projected = net(labels, codes, drop=drop, hidden_layer=args.repa_layer), None
+        if args.repa_layer:
+            output, projected = output
+        loss = llamagen.cross_entropy(output, codes)
+        values = {"loss": loss}
+    else:
+        x1 = stage.latents_of(codes)                                                    # (B,d,h,w)
+        found = dit.flow_matching_loss(net, x1, labels, torch.randn_like(x1), dit.logit_normal_t(len(x1), device=device),
+                                       drop=drop, hidden_layer=args.repa_layer)
+        loss, projected = found["loss"], found.get("hidden")
+        values = {"loss": loss, "mse": found["mse"].mean(), "cosine": found["cosine"].mean()}
+    if args.repa_layer:
+        alignment = repa.alignment_loss(projected, look(seen[0]))                       # -1 when they agree
+        loss, values["alignment"] = loss + args.repa_weight * alignment, -alignment
+    return loss, values
 
 
 @torch.no_grad()
@@ -1160,25 +1350,45 @@ def train_generator(args):
     if checkpoint["kind"] != "tokenizer":
         raise UsageError(f"--tokenizer {args.tokenizer} is a {checkpoint['kind']} checkpoint, not a tokenizer's")
     inherit(args, checkpoint["args"])
+    if args.repa_layer and args.repa_teacher in (None, "auto"):
+        args.repa_teacher = "dinov2_vitb14" if min(args.image_size) >= DINO_PX else "classifier"
     if saved:
         check_resume(args, saved)
     processes = start_processes(args)
     device = processes.device
+    header = {"kind": args.model, "tokenizer": excerpt(checkpoint, "latents")}
+    teacher = None
+    if args.repa_layer:
+        found = saved["teacher"] if saved else teacher_stage(args) if args.repa_teacher == "classifier" \
+            else find_teacher(args.repa_teacher)
+        teacher, name = load_teacher(found, args.pretrained, processes)
+        header["teacher"] = excerpt(found, "accuracy", "source")
+        if processes.rank == 0:
+            print(f"layer {args.repa_layer} is aligned with weight {args.repa_weight:g}; teacher: {name}", flush=True)
     stage = load_stage(checkpoint, args.image_size, device)
     train_images, val_images = (open_images(args.data, split, args.image_size, args.seed, args.skip_bad_images)
                                 for split in ("train", "val"))
     train_tokens = cache_tokens(args, processes, checkpoint, stage.tokenizer, train_images, "train", 2 * args.crops)
     val_tokens = cache_tokens(args, processes, checkpoint, stage.tokenizer, val_images, "val", 1)
-    batches = load_batches(args, processes, train_tokens, saved)
 
-    classes = ["all"] if args.unconditional else train_images.classes
+    classes = header["classes"] = ["all"] if args.unconditional else train_images.classes
     torch.manual_seed(seed_of(args.seed, -1))
     model = build_generator(vars(args), stage.tokenizer.levels, len(classes)).to(device)
     if args.init_from:
         load_weights(model, load_checkpoint(args.init_from)["ema"], args.init_from)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    parts = {"model": model, "ema": copy.deepcopy(model).requires_grad_(False), "optimizer": optimizer}
-    net = processes.wrap(torch.compile(model) if args.compile else model)
+    parts, whole = {"model": model, "ema": copy.deepcopy(model).requires_grad_(False)}, model
+    look = lambda features: features
+    if teacher:
+        if args.cache_teacher:
+            train_tokens.beside = cache_features(args, processes, teacher, train_images, model.grid, train_tokens.views)
+        else:
+            train_tokens.beside = train_images.pixels
+            look = lambda pixels: teacher.features(to_float(pixels, device), model.grid)
+        parts["projector"] = repa.make_projector(model.dim, teacher.dim, args.repa_width).to(device)
+        whole = Aligned(model, parts["projector"])
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    parts["optimizer"] = optimizer
+    net = processes.wrap(torch.compile(whole) if args.compile else whole)
     settings = sampling_defaults(args.model)
     if args.model == "dit":
         settings["sample_steps"] = 50  # enough for a look
@@ -1192,10 +1402,14 @@ def train_generator(args):
             draw_samples(args.out / "samples.png", parts["ema"], stage, classes, args.seed, processes, settings)
         return found, {}
 
-    header = {"kind": args.model, "classes": classes,
-              "tokenizer": {name: checkpoint[name] for name in ("format", "kind", "args", "step", "ema", "latents", "classes")}}
+    batches = load_batches(args, processes, train_tokens, saved)
     return fit(args, processes, saved, parts, batches, lambda step: (net, optimizer),
-               lambda batch, step: generator_losses(args, net, stage, batch, device), validate, header)
+               lambda batch, step: generator_losses(args, net, stage, look, batch, device), validate, header)
+
+
+def excerpt(checkpoint, *more):
+    """What a generator's checkpoint keeps of its tokenizer's or teacher's."""
+    return {name: checkpoint[name] for name in ("format", "kind", "args", "step", "ema", "classes", *more) if name in checkpoint}
 
 
 def main(argv=None):
