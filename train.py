@@ -66,9 +66,9 @@ SCHEDULES = {  # the paper's learning rates are constant; a short run gains a lo
     ("llamagen", "paper"): dict(steps=250_000, batch_size=256, lr=1e-4, weight_decay=0.05, warmup=0, cooldown=0.0,
                                 ema_decay=0.9999, dropout=0.1, repa_weight=2.0, repa_width=2048),
     ("dit", "nano"): dict(steps=1000, batch_size=64, lr=1e-3, weight_decay=0.0, warmup=100, cooldown=0.3, ema_decay=0.99,
-                          repa_weight=0.5, repa_width=2048),
+                          repa_weight=0.5, repa_width=512),
     ("dit", "paper"): dict(steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0, cooldown=0.0, ema_decay=0.9999,
-                           repa_weight=0.5, repa_width=512),
+                           repa_weight=0.5, repa_width=2048),
 }
 DINO_PX = 128  # the image side from which --repa-teacher auto takes DINOv2
 CLASSIFIER = dict(steps=600, batch_size=128, lr=3e-3, weight_decay=0.05, warmup=60, cooldown=0.9, ema_decay=0.99)
