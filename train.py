@@ -25,8 +25,10 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -73,12 +75,12 @@ SCHEDULES = {  # the paper's learning rates are constant; a short run gains a lo
 DINO_PX = 128  # the image side from which --repa-teacher auto takes DINOv2
 CLASSIFIER = dict(steps=600, batch_size=128, lr=3e-3, weight_decay=0.05, warmup=60, cooldown=0.9, ema_decay=0.99)
 # What does not touch the first stage: the same tokenizer serves all generators.
-GENERATOR_FLAGS = ["token_groups", "patch_size", "dropout", "class_dropout", "crops", "grad_checkpoint", "repa_layer",
+GENERATOR_FLAGS = ["token_groups", "patch_size", "dropout", "class_dropout", "crops", "grad_checkpoint", "fsdp", "repa_layer",
                    "repa_weight", "repa_width", "repa_teacher", "cache_teacher"]
 SIZES = {"tokenizer": list(TOKENIZERS), "llamagen": list(llamagen.SIZES), "dit": list(dit.SIZES)}
 # Flags that may differ from those of the run that --resume continues: none of them changes what a step computes.
 HARMLESS = {"out", "resume", "steps", "num_workers", "save_every", "eval_every", "log_every", "compile", "device", "cache_dir",
-            "tokenizer", "pretrained", "grad_checkpoint"}
+            "tokenizer", "pretrained", "grad_checkpoint", "fsdp"}
 
 
 class UsageError(Exception):
@@ -147,6 +149,8 @@ def parse_args(argv=None):
           "(default: %(default)s)")
     group("--grad-checkpoint", action="store_true", help="recompute each layer in the backward pass: less memory, "
           "a third more time")
+    group("--fsdp", action="store_true", help="divide weights, gradients and optimizer of the generator among the processes, "
+          "instead of a copy in each: for sizes that do not fit")
 
     group = parser.add_argument_group("alignment of a generator with a vision encoder (REPA)").add_argument
     group("--repa-layer", type=int, metavar="K", help="align the hidden state after layer K (the first is 1; a third of the "
@@ -237,6 +241,8 @@ def check_args(args):
     if args.repa_layer is not None and not 1 <= args.repa_layer <= depth:
         raise UsageError(f"--repa-layer {args.repa_layer}: --model {args.model} --size {args.size} has "
                          + (f"{depth} layers, choose from 1 to {depth}" if depth else "no layers to align"))
+    if args.fsdp and args.model == "tokenizer":
+        raise UsageError("--fsdp is for generators: a tokenizer fits in every process, leave it out")
     if args.repa_layer is None and (args.repa_teacher or args.cache_teacher):
         raise UsageError("--repa-teacher and --cache-teacher need --repa-layer K, which says where to align")
     if args.model == "llamagen" and args.quantizer in ("vae", "ae"):
@@ -528,12 +534,28 @@ class Processes(NamedTuple):
             dist.all_reduce(tensor)
         return tensor.cpu()
 
+    def largest(self, number):
+        """The largest of an integer that each process has."""
+        if self.world == 1:
+            return number
+        number = torch.tensor(number)  # on the CPU: no GPU has to wait
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
     def wrap(self, net, **kwargs):
         """`net` with its gradients averaged over the processes."""
-        if self.world == 1:
+        if self.world == 1 or hasattr(net, "set_requires_gradient_sync"):  # alone, or sharded below
             return net
         local = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(net, device_ids=local, **kwargs)
+
+    def shard(self, net, blocks):
+        """Divide the parameters of `net` among the processes (FSDP), in place; each of `blocks` is put together when it runs."""
+        if self.world > 1:
+            from torch.distributed.fsdp import fully_shard  # a second of importing that others need not wait for
+            mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
+            for part in (*blocks, net):
+                fully_shard(part, mesh=mesh)
 
 
 def start_processes(args):
@@ -542,11 +564,59 @@ def start_processes(args):
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return Processes(rank, world, device, pick_dtype(args.dtype, device))
+
+
+def gather(tree, keep=True):
+    """Nested dictionaries and lists with the sharded tensors made whole, on the CPU; without `keep`, None in their place.
+
+    All processes must call it, since each holds a part.
+    """
+    if hasattr(tree, "full_tensor"):
+        tree = tree.full_tensor()
+        return tree.cpu() if keep else None
+    if isinstance(tree, dict):
+        return {key: gather(value, keep) for key, value in tree.items()}
+    return [gather(value, keep) for value in tree] if isinstance(tree, list) else tree
+
+
+def load_state(part, state):
+    """part.load_state_dict(state) for what may be sharded, from the whole tensors that `gather` made."""
+    def split(value, like):
+        if not hasattr(like, "full_tensor") or not isinstance(value, torch.Tensor) or value.shape != like.shape:
+            return value
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    if isinstance(part, nn.Module):
+        state = {name: split(value, part.state_dict()[name]) for name, value in state.items()}
+    elif isinstance(part, torch.optim.Optimizer):
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        state = {**state, "state": {i: {name: split(value, parameters[i]) for name, value in values.items()}
+                                    for i, values in state["state"].items()}}
+    part.load_state_dict(state)
+
+
+class Interrupts:
+    """Within it, the first SIGTERM or Ctrl-C is only noted in `.signal`, for the loop to save and leave; a second one acts."""
+
+    def __enter__(self):
+        self.signal, self.before = 0, {}
+        with contextlib.suppress(ValueError):  # only a program's main thread may ask for signals
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def seed_of(*key):
@@ -724,63 +794,80 @@ def fit(args, processes, saved, parts, batches, turn, losses, validate, header):
     scaler = parts["scaler"]
     if saved:
         for name, part in parts.items():
-            part.load_state_dict(saved[name])
+            load_state(part, saved[name])
     if start >= args.steps:
         raise UsageError(f"the run in {args.out} has finished its {start} steps: nothing is left to resume")
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out / "log.csv" if rank == 0 else None, start, saved["log"] if saved else {})
     bar = tqdm(total=args.steps, initial=start, disable=None if rank == 0 else True, unit="step", smoothing=0.05,
                desc=args.model)
-    clock, clock_step, extra = time.perf_counter(), start, {}
+    clock, clock_step = time.perf_counter(), start
+    extra = {name: saved[name] for name in ("latents", "accuracy") if name in saved} if saved else {}
 
-    for step in range(start, args.steps):
-        torch.manual_seed(seed_of(args.seed, step, rank))
-        trained, optimizer = turn(step)
-        for group in optimizer.param_groups:
-            falling = (args.steps - step) / max(1, args.steps * args.cooldown)
-            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup), falling)
-        trained.train()
-        for part in range(args.grad_accum):
-            last = part == args.grad_accum - 1
-            with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
-                with processes.autocast():
-                    loss, values = losses(next(batches), step)
-                scaler.scale(loss / args.grad_accum).backward()
-            log.add(values)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(trained.parameters(), args.grad_clip or math.inf)
-        if not scaler.is_enabled():  # fp16 meets infinite gradients by design, and skips such steps
-            log.add({"grad_norm": norm})
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        update_ema(parts["ema"], parts["model"], args.ema_decay, step)
+    with Interrupts() as interrupts:
+        for step in range(start, args.steps):
+            torch.manual_seed(seed_of(args.seed, step, rank))
+            take_step(args, processes, *turn(step), scaler, batches, losses, step, log)
+            update_ema(parts["ema"], parts["model"], args.ema_decay, step)
 
-        done, row = step + 1, {}
-        bar.update()
-        saving = done % args.save_every == 0 or done == args.steps
-        if done % args.log_every == 0:
-            log.check(done)
-            rate = (done - clock_step) * args.batch_size / (time.perf_counter() - clock)
-            clock, clock_step = time.perf_counter(), done
-            row.update(log.means(), lr=optimizer.param_groups[0]["lr"], images_per_s=round(rate, 1))
-            bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", img_s=f"{rate:.0f}")
-        if done % args.eval_every == 0 or saving:
-            columns, extra = validate()
-            row.update(columns)
-            if rank == 0:
-                bar.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
-            clock, clock_step = time.perf_counter(), done
-        if row:
-            log.write({"step": done, **row})
-        if saving:
-            log.check(done)
-            if rank == 0:
-                save_checkpoint(path, {"format": 1, "args": plain_args(args), "step": done, "log": log.state(), **header,
-                                       **extra, **{name: part.state_dict() for name, part in parts.items()}})
+            done, row = step + 1, {}
+            bar.update()
+            stop = processes.largest(interrupts.signal)
+            if done % args.log_every == 0:
+                log.check(done)
+                rate = (done - clock_step) * args.batch_size / (time.perf_counter() - clock)
+                clock, clock_step = time.perf_counter(), done
+                row.update(log.means(), lr=parts["optimizer"].param_groups[0]["lr"], images_per_s=round(rate, 1))
+                bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", img_s=f"{rate:.0f}")
+            saving = done % args.save_every == 0 or done == args.steps
+            if done % args.eval_every == 0 or saving:
+                columns, extra = validate()
+                row.update(columns)
+                if rank == 0:
+                    bar.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
+                clock, clock_step = time.perf_counter(), done
+            if row:
+                log.write({"step": done, **row})
+            if saving or stop:
+                log.check(done)
+                states = {name: gather(part.state_dict(), rank == 0) for name, part in parts.items()}
+                if rank == 0:
+                    save_checkpoint(path, {"format": 1, "args": plain_args(args), "step": done, "log": log.state(), **header,
+                                           **extra, **states})
+            if stop and done < args.steps:
+                bar.close()
+                processes.barrier()
+                if rank == 0:
+                    print(f"{signal.Signals(stop).name}: saved {path} at step {done}; --resume goes on from there (a first "
+                          "stage goes on by itself)", file=sys.stderr)
+                sys.exit(128 + stop)
     bar.close()
     processes.barrier()  # the others may read it next
     return path
+
+
+def take_step(args, processes, net, optimizer, scaler, batches, losses, step, log):
+    """One optimiser step of `net`, from args.grad_accum micro-batches; the losses' parts go to the log."""
+    for group in optimizer.param_groups:
+        falling = (args.steps - step) / max(1, args.steps * args.cooldown)
+        group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup), falling)
+    net.train()
+    for part in range(args.grad_accum):
+        last = part == args.grad_accum - 1                                              # only then the processes exchange
+        if hasattr(net, "set_requires_gradient_sync"):
+            net.set_requires_gradient_sync(last)
+        with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+            with processes.autocast():
+                loss, values = losses(next(batches), step)
+            scaler.scale(loss / args.grad_accum).backward()
+        log.add(values)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
+    if not scaler.is_enabled():  # fp16 meets infinite gradients by design, and skips such steps
+        log.add({"grad_norm": norm.full_tensor() if hasattr(norm, "full_tensor") else norm})
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def saved_state(args):
@@ -799,7 +886,12 @@ def load_batches(args, processes, dataset, saved):
                       processes.world, args.grad_accum)
     cuda = processes.device.type == "cuda"
     workers = args.num_workers if args.num_workers is not None else 8 if cuda else 0
-    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=cuda))
+    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_interrupts))
+
+
+def ignore_interrupts(worker):
+    """Ctrl-C reaches all processes of a terminal; those that load images live on until the training has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def describe(processes, model, text):
@@ -1386,6 +1478,10 @@ def train_generator(args):
             look = lambda pixels: teacher.features(to_float(pixels, device), model.grid)
         parts["projector"] = repa.make_projector(model.dim, teacher.dim, args.repa_width).to(device)
         whole = Aligned(model, parts["projector"])
+    if args.fsdp:
+        for net in (whole, parts["ema"]):
+            generator = net.model if isinstance(net, Aligned) else net
+            processes.shard(net, generator.layers if args.model == "llamagen" else generator.blocks)
     optimizer = torch.optim.AdamW(whole.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     parts["optimizer"] = optimizer
     net = processes.wrap(torch.compile(whole) if args.compile else whole)
@@ -1397,9 +1493,13 @@ def train_generator(args):
              f"{len(train_tokens)} images x {train_tokens.views} views, {len(classes)} classes")
 
     def validate():
-        found = validate_generator(args, parts["ema"], stage, val_tokens, processes)
+        ema = parts["ema"]
+        if args.fsdp and processes.world > 1:  # a whole copy: the samplers call the layers one by one, on one process
+            ema = build_generator(vars(args), stage.tokenizer.levels, len(classes)).to(device)
+            ema.load_state_dict(gather(parts["ema"].state_dict()))
+        found = validate_generator(args, ema, stage, val_tokens, processes)
         if processes.rank == 0:
-            draw_samples(args.out / "samples.png", parts["ema"], stage, classes, args.seed, processes, settings)
+            draw_samples(args.out / "samples.png", ema, stage, classes, args.seed, processes, settings)
         return found, {}
 
     batches = load_batches(args, processes, train_tokens, saved)
@@ -1420,6 +1520,9 @@ def main(argv=None):
             print(f"saved {path}; next: python evaluate.py {path}")
     except UsageError as error:
         sys.exit(fail("train.py", error))
+    except KeyboardInterrupt:
+        fail("train.py", "interrupted; the last checkpoint and all finished stages stand, the same command goes on from them")
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
