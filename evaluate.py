@@ -117,6 +117,7 @@ def parse_args(argv=None):
           "its own token (STS) and of the next (NTS); OUT/probe.png")
     group("--repa-teacher", metavar="{dinov2_vitb14,...,PATH}", help="teacher of --probe: DINOv2 by name, or a file as in "
           "train.py (default: that of the training run, or of another checkpoint given)")
+    group("--tokenizer", metavar="CKPT", help="tokenizer of a released LlamaGen or DiT, whose file holds none")
     group("--save-npz", action="store_true", help="keep the samples as OUT/NAME.npz in ADM's format: arr_0 (N,H,W,3) uint8, "
           "arr_1 labels")
     group("--save-images", action="store_true", help="keep the samples as OUT/NAME/000000.png, ...")
@@ -841,6 +842,8 @@ def validation_set(checkpoint, args, stage, processes):
                                     "cache_dir": args.out / "cache"})
     try:
         images = open_images(trained.data, args.split, trained.image_size, trained.seed, args.skip_bad_images)
+        if len(images.classes) > len(checkpoint["classes"]) and not trained.unconditional:
+            raise UsageError(f"--data {trained.data} has {len(images.classes)} classes, the generator {len(checkpoint['classes'])}")
     except UsageError as error:
         if args.data:
             raise
@@ -993,7 +996,7 @@ def evaluate(args):
         if report:
             reports["-".join(Path(path).resolve().stem for path in args.checkpoints)] = report
     else:
-        checkpoints = {path: load_checkpoint(path) for path in args.checkpoints}  # all: a wrong name is noticed at once
+        checkpoints = {path: with_tokenizer(path, load_checkpoint(path), args) for path in args.checkpoints}
         if (args.reference or args.save_reference) and all(c["kind"] == "tokenizer" for c in checkpoints.values()):
             raise UsageError("--reference is for the samples of generators; a tokenizer is compared with its own images")
         (network, note), references = try_inception(args, processes), {}
@@ -1027,6 +1030,19 @@ def evaluate(args):
         print(f"reports and pictures in {args.out}")
     if args.save_reference:
         print(f"statistics of the reference in {args.save_reference}")
+
+
+def with_tokenizer(path, checkpoint, args):
+    """`checkpoint`, completed with --tokenizer if it is that of a generator and has none. Raises UsageError for other kinds."""
+    if checkpoint["kind"] == "classifier":
+        raise UsageError(f"{path} is a classifier, the teacher of a generator: give the checkpoint of a generator or tokenizer")
+    if checkpoint["kind"] == "tokenizer" or "tokenizer" in checkpoint:
+        return checkpoint
+    if not args.tokenizer:
+        raise UsageError(f"{path} holds a generator without its tokenizer: name that with --tokenizer")
+    tokenizer = load_checkpoint(args.tokenizer)
+    kept = {name: tokenizer["args"][name] for name in ("image_size", "downsample", "data")}
+    return {**checkpoint, "tokenizer": tokenizer, "args": {**checkpoint["args"], **kept}}
 
 
 def probe_teacher(args, checkpoints, processes):

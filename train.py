@@ -24,6 +24,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -692,11 +693,62 @@ def read_file(path):
 
 
 def load_checkpoint(path):
-    """The dictionary that a training run saved. Raises UsageError if the file is another one."""
+    """The dictionary that a training run saved, or one made up for a released file. Raises UsageError if it is neither."""
     state = read_file(path)
-    if state.get("format") != 1:
-        raise UsageError(f"{path} is not a checkpoint of train.py")
-    return state
+    return state if state.get("format") == 1 else released(weights_in(state), path)
+
+
+def weights_in(state):
+    """The weights in a dictionary of ours or of public code: the averaged ones if there are any, their names without prefixes.
+
+    What belongs to REPA (`projectors.*`) is left out: it is not part of a generator here.
+    """
+    for name in ("ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "gen_model"):
+        if isinstance(state.get(name), dict) and state[name]:
+            return weights_in(state[name])
+    plain = {name.replace("module.", "").replace("_orig_mod.", ""): value for name, value in state.items()}
+    return {name: value for name, value in plain.items() if not name.startswith("projectors.")}
+
+
+def released(weights, path):
+    """A checkpoint around a bare state dict of a tokenizer, LlamaGen or DiT: all arguments are read off the shapes.
+
+    What shapes do not tell is taken from the paper, and said: iFSQ with 17 levels, images of 256 px.
+    """
+    find = lambda pattern: sorted({int(m[1]) for m in (re.match(pattern, name) for name in weights) if m})
+    args = dict(data="unknown", unconditional=False, image_size=[256, 256], seed=0, batch_size=1, grad_checkpoint=False, patch_size=1,
+                dropout=0.0, class_dropout=0.1, token_groups=None, downsample=16)
+    found = {"format": 1, "step": 0, "args": args, "model": weights, "ema": weights, "classes": ["unknown"]}
+    if "encoder.conv_in.weight" in weights and "quant_conv.weight" in weights:
+        hidden, d = len(weights["encoder.conv_in.weight"]), weights["post_quant_conv.weight"].shape[1]
+        widths = [len(weights[f"encoder.down.{i}.block.0.conv2.weight"]) for i in find(r"encoder\.down\.(\d+)\.")]
+        quantizer = ("vq" if "quantize.embedding.weight" in weights else
+                     "vae" if len(weights["quant_conv.weight"]) == 2 * d else "ifsq")
+        args.update(model="tokenizer", size="paper", quantizer=quantizer, levels=[17] * d, alpha=None, edges="half", hidden=hidden,
+                    multipliers=[width // hidden for width in widths], downsample=2 ** (len(widths) - 1), num_groups=32,
+                    num_res_blocks=len(find(r"encoder\.down\.0\.block\.(\d+)\.")), disc_start=-1, disc_layers=4,
+                    perceptual_weight=1.0, codebook_size=len(weights.get("quantize.embedding.weight", [])) or None)
+    elif "cls_embedding.embedding_table.weight" in weights or "x_embedder.proj.weight" in weights:
+        kind = "llamagen" if "cls_embedding.embedding_table.weight" in weights else "dit"
+        table = weights["cls_embedding.embedding_table.weight" if kind == "llamagen" else "y_embedder.embedding_table.weight"]
+        depth = len(find(r"layers\.(\d+)\." if kind == "llamagen" else r"blocks\.(\d+)\."))
+        sizes = ({name: (size[0], size[2]) for name, size in llamagen.SIZES.items()} if kind == "llamagen"
+                 else {name: size[:2] for name, size in dit.SIZES.items()})
+        size = next((name for name, shape in sizes.items() if shape == (depth, table.shape[1])), None)
+        if size is None:
+            raise UsageError(f"{path}: {depth} layers of width {table.shape[1]} are none of the sizes of --model {kind}")
+        args.update(model=kind, size=size)
+        if kind == "llamagen":
+            args["token_groups"] = max(1, len(find(r"output\.(\d+)\.weight")))
+        else:
+            args["patch_size"] = weights["x_embedder.proj.weight"].shape[2]
+        found["classes"] = [f"class {i}" for i in range(len(table) - 1)]
+    else:
+        raise UsageError(f"{path} is no checkpoint of train.py, and its names ({', '.join(list(weights)[:3])}, ...) are those of no "
+                         "public tokenizer, LlamaGen or DiT")
+    known = f"{args['quantizer']} of {args['levels']} levels" if args["model"] == "tokenizer" else f"size {args['size']}"
+    print(f"{path}: released weights of a {args['model']}, taken as {known} for images of 256 px", file=sys.stderr)
+    return {**found, "kind": args["model"]}
 
 
 def check_resume(args, saved):
@@ -900,11 +952,17 @@ def describe(processes, model, text):
               f"{processes.world} x {processes.device}, {str(processes.dtype)[6:]}", flush=True)
 
 
-def load_weights(model, state_dict, path):
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise UsageError(f"the weights of {path} do not fit this model: {' '.join(str(error).split())[:300]}")
+def load_weights(model, weights, path):
+    """model.load_state_dict(weights), or a UsageError that lists what is missing, unexpected or of another shape."""
+    wanted = model.state_dict()
+    wrong = {"missing": wanted.keys() - weights.keys(), "unexpected": weights.keys() - wanted.keys(),
+             "of another shape": {name for name in wanted.keys() & weights.keys()
+                                  if getattr(weights[name], "shape", None) != wanted[name].shape}}
+    if any(wrong.values()):
+        raise UsageError(f"the weights of {path} do not fit this model: " + "; ".join(
+            f"{len(names)} {what}: {', '.join(sorted(names)[:4])}{', ...' * (len(names) > 4)}"
+            for what, names in wrong.items() if names))
+    model.load_state_dict(weights)
 
 
 # ------------------------------------------------------------------------------------------------ stage one: the tokenizer
@@ -1004,7 +1062,7 @@ def train_tokenizer(args):
     torch.manual_seed(seed_of(args.seed, -1))
     model = build_tokenizer(vars(args)).to(device, memory_format=torch.channels_last)
     if args.init_from:
-        load_weights(model, load_checkpoint(args.init_from)["ema"], args.init_from)
+        load_weights(model, weights_in(read_file(args.init_from)), args.init_from)
     adamw = partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
     parts = {"model": model, "ema": copy.deepcopy(model).requires_grad_(False), "optimizer": adamw(model.parameters())}
     net, critic = processes.wrap(torch.compile(model) if args.compile else model), None
@@ -1310,11 +1368,17 @@ class Stage(NamedTuple):
 
     def latents_of(self, codes):
         """A batch of Tokens -> normalised latents (B,d,h,w), about N(0, 1) in each channel: the data of DiT."""
-        z = self.tokenizer.quantize.codes(codes.unflatten(1, self.grid)) if self.tokenizer.discrete else codes
-        return (z - self.mean) / self.std
+        return (self.plain(codes) - self.mean) / self.std
+
+    def plain(self, codes):
+        """A batch of Tokens -> latents z (B,d,h,w) as the decoder takes them."""
+        return self.tokenizer.quantize.codes(codes.unflatten(1, self.grid)) if self.tokenizer.discrete else codes
 
     def decode(self, latents):
         """Normalised latents (B,d,h,w) -> pictures (B,3,H,W) uint8."""
+        if self.mean is None:
+            raise UsageError("this tokenizer's file lacks the mean and standard deviation of its latents, by which DiT's are "
+                             "normalised: sample from a checkpoint of train.py, which measures them")
         return to_uint8(self.tokenizer.decode(latents * self.std + self.mean))
 
 
@@ -1322,11 +1386,9 @@ def load_stage(checkpoint, image_size, device):
     """The Stage of a tokenizer checkpoint, or of the part of a generator checkpoint that holds one."""
     tokenizer = build_tokenizer(checkpoint["args"]).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     load_weights(tokenizer, checkpoint["ema"], "the tokenizer")
-    if not checkpoint.get("latents"):
-        raise UsageError("this tokenizer checkpoint lacks the mean and standard deviation of its latents, which DiT needs: "
-                         "train it with train.py")
-    mean, std = (torch.tensor(checkpoint["latents"][name], device=device).view(1, -1, 1, 1) for name in ("mean", "std"))
-    return Stage(tokenizer, mean, std.clamp(min=1e-6), tuple(side // tokenizer.downsample for side in image_size))
+    mean, std = (torch.tensor(checkpoint["latents"][name], device=device).view(1, -1, 1, 1).clamp(min=least)
+                 for name, least in (("mean", -math.inf), ("std", 1e-6))) if checkpoint.get("latents") else (None, None)
+    return Stage(tokenizer, mean, std, tuple(side // tokenizer.downsample for side in image_size))
 
 
 def build_generator(args, levels, num_classes):
@@ -1462,12 +1524,16 @@ def train_generator(args):
                                 for split in ("train", "val"))
     train_tokens = cache_tokens(args, processes, checkpoint, stage.tokenizer, train_images, "train", 2 * args.crops)
     val_tokens = cache_tokens(args, processes, checkpoint, stage.tokenizer, val_images, "val", 1)
+    if stage.mean is None:  # a released tokenizer
+        z = torch.cat([stage.plain(val_tokens[i][0][None].to(device)) for i in spread(val_tokens, 1000).tolist()])
+        header["tokenizer"]["latents"] = {"mean": z.mean((0, 2, 3)).tolist(), "std": z.std((0, 2, 3)).tolist()}
+        stage = load_stage(header["tokenizer"], args.image_size, device)
 
     classes = header["classes"] = ["all"] if args.unconditional else train_images.classes
     torch.manual_seed(seed_of(args.seed, -1))
     model = build_generator(vars(args), stage.tokenizer.levels, len(classes)).to(device)
     if args.init_from:
-        load_weights(model, load_checkpoint(args.init_from)["ema"], args.init_from)
+        load_weights(model, weights_in(read_file(args.init_from)), args.init_from)
     parts, whole = {"model": model, "ema": copy.deepcopy(model).requires_grad_(False)}, model
     look = lambda features: features
     if teacher:
