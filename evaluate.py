@@ -130,6 +130,8 @@ def parse_args(argv=None):
     for name in ("batch_size", "num_samples", "reference_images"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.seed < 0 or args.num_workers < 0:
+        raise UsageError("--seed and --num-workers must be at least 0")
     return args
 
 
@@ -713,6 +715,9 @@ def sampling_settings(args, kind):
              for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler", "sample_steps",
                           "timestep_shift", "guide_channels") if getattr(args, name) is not None}
     foreign = [f"--{name.replace('_', '-')}" for name in given if name not in settings]
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name.replace('_', '-')} must be finite, not {value}")
     if foreign:
         raise UsageError(f"{', '.join(foreign)} does not apply to {kind} checkpoints: leave it out")
     if "cfg_interval" in given:
@@ -1057,7 +1062,7 @@ def probe_teacher(args, checkpoints, processes):
 def main(argv=None):
     try:
         evaluate(parse_args(argv))
-    except UsageError as error:
+    except (UsageError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         sys.exit(fail("evaluate.py", error))
     finally:
         if dist.is_initialized():

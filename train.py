@@ -208,9 +208,14 @@ def parse_args(argv=None):
     if not 0 <= args.cooldown < 1 or not 0 <= args.ema_decay < 1 or not 0 <= args.class_dropout < 1:
         raise UsageError("--cooldown, --ema-decay and --class-dropout are shares: at least 0 and below 1")
     args.out = args.out or Path("out") / f"{args.model}-{Path(args.data).name}"
-    for name in ("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "crops", "patch_size"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    least = {**dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "crops", "patch_size",
+                              "tokenizer_steps", "codebook_size", "token_groups"), 1),
+             **dict.fromkeys(("seed", "warmup", "num_workers", "grad_clip", "weight_decay", "disc_weight", "perceptual_weight",
+                              "vae_weight", "repa_weight", "dropout"), 0), "lr": 1e-12, "alpha": 1e-3, "disc_start": -1}
+    for name, smallest in least.items():
+        value = getattr(args, name, None)
+        if value is not None and not smallest <= value < math.inf:                      # nan is neither
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {smallest}, not {value}")
     check_args(args)
     return args
 
@@ -962,6 +967,9 @@ def load_weights(model, weights, path):
         raise UsageError(f"the weights of {path} do not fit this model: " + "; ".join(
             f"{len(names)} {what}: {', '.join(sorted(names)[:4])}{', ...' * (len(names) > 4)}"
             for what, names in wrong.items() if names))
+    broken = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UsageError(f"the weights of {path} are not finite ({', '.join(broken[:3])}): take an earlier checkpoint")
     model.load_state_dict(weights)
 
 
@@ -1584,20 +1592,25 @@ def main(argv=None):
         path = train_tokenizer(args) if args.model == "tokenizer" else train_generator(args)
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"saved {path}; next: python evaluate.py {path}")
-    except UsageError as error:
+    except (UsageError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         sys.exit(fail("train.py", error))
-    except KeyboardInterrupt:
-        fail("train.py", "interrupted; the last checkpoint and all finished stages stand, the same command goes on from them")
-        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def fail(program, error):
-    """Print a UsageError as one line on stderr; returns the exit code 2. (A loader process adds its traceback: dropped.)"""
-    print(f"{program}: {str(error).strip().splitlines()[-1].split('UsageError: ')[-1]}", file=sys.stderr)
-    return 2
+    """Print what the user can do something about as one line on stderr; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        text = "interrupted; the last checkpoint and all finished stages stand, the same command goes on from them"
+    elif isinstance(error, torch.OutOfMemoryError):
+        text = "the device is out of memory: lower --batch-size, or raise --grad-accum or set --grad-checkpoint in training"
+    elif isinstance(error, OSError) and not isinstance(error, UsageError):
+        text = f"{error.filename or 'a file'}: {error.strerror or error}: check the path, its permissions and the room on the disk"
+    else:
+        text = str(error).strip().splitlines()[-1].split("UsageError: ")[-1]            # a loader process adds its traceback
+    print(f"{program}: {text}", file=sys.stderr)
+    return 130 if isinstance(error, KeyboardInterrupt) else 2
 
 
 if __name__ == "__main__":
