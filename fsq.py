@@ -74,13 +74,27 @@ def quantize(z, levels, alpha=1.6, edges="half"):
     scale, offset, centre, unit = grid(levels, edges)
     if edges == "original":
         z = z.float() + torch.atanh(offset / scale)  # so that z = 0 stays at code 0 for even L; 0 for odd L
-    steps = bound(z, alpha) * scale - offset
-    # the ends are out of reach for "half", but y = 1 would round up into a bin L that "full" does not have
-    q = torch.clamp(torch.round(steps.detach()), min=-(levels // 2), max=(levels - 1) // 2)
-    z_q = (q + centre) / unit
-    if steps.requires_grad:
-        z_q = z_q + (steps - steps.detach()) / unit  # straight-through: adds exactly 0 to the value, dy/dz to the gradient
-    return z_q, q.long() + levels // 2
+    y = bound(z, alpha)
+    # in place from here on: what takes the time is memory that is new
+    q = (y.detach() * scale).sub_(offset).round_()
+    if edges != "half":  # whose ends are out of reach; y = 1 would round up into a bin L that "full" does not have
+        q.clamp_(min=-(levels // 2), max=(levels - 1) // 2)
+    digits = q.long().add_(levels // 2)
+    if edges == "original":
+        y = y * (scale / unit)  # 1 for the others
+    return StraightThrough.apply(y, q.add_(centre).div_(unit)), digits
+
+
+class StraightThrough(torch.autograd.Function):
+    """(y, z_q) -> z_q, with the gradient of y: rounding has none of its own."""
+
+    @staticmethod
+    def forward(ctx, y, z_q):
+        return z_q.view_as(z_q)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
 
 
 class FSQ(nn.Module):
@@ -117,7 +131,10 @@ class FSQ(nn.Module):
     def digits_to_indices(self, digits):
         """(..., d) int64, digit i in [0, L_i) -> (...) int64: mixed radix, the first channel least significant."""
         self._check_fits()
-        return (digits * self.basis).sum(-1)  # integers: floats lose whole codes from L = 27 on, and past 2^24
+        index = digits[..., -1]  # integers: floats lose whole codes from L = 27 on, and past 2^24
+        for i in reversed(range(len(self.levels) - 1)):
+            index = index * self.levels[i] + digits[..., i]
+        return index
 
     def indices_to_digits(self, indices):
         """(...) int64 in [0, codebook_size) -> (..., d) int64: the inverse of `digits_to_indices`."""
