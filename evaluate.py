@@ -29,7 +29,6 @@ import json
 import math
 import pickle
 import shutil
-import struct
 import sys
 import time
 import zipfile
@@ -51,7 +50,7 @@ from fsq import CodeUsage
 from tokenizer import psnr
 from train import (CACHE, UsageError, build_generator, build_tokenizer, cache_tokens, create_array, draw_reconstructions,
                    drop_bad_images, fail, fetch, find_teacher, load_checkpoint, load_lpips, load_stage, load_teacher,
-                   load_weights, open_folder, open_images, plain_args, sample_pictures, sampling_defaults, seed_of, spread,
+                   load_weights, new_parser, open_folder, open_images, plain_args, sample_pictures, sampling_defaults, seed_of, spread,
                    start_processes, to_float, to_uint8, validate_generator)
 
 METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
@@ -65,8 +64,7 @@ KEPT = 10_000           # features kept for what compares images with each other
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="checkpoints of train.py, one table row each; or two sets "
         "of images, the reference first: folders (each image in its own size, uncropped), .npz with arr_0 (N,H,W,3) uint8 "
@@ -513,8 +511,8 @@ def open_npz(path):
             names = set(archive.files)
             found = {name: torch.from_numpy(archive[name]) for name in names & STATISTICS}
             about = json.loads(str(archive["about"])) if "about" in names else None
-        array = open_array(path, "arr_0") if "arr_0" in names else None
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+            array = archive["arr_0"] if "arr_0" in names else None
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} cannot be read as .npz ({' '.join(str(error).split())[:100]}): make it again")
     if not {"mu", "sigma"} <= names and array is None:
         raise UsageError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}: neither images (arr_0) "
@@ -530,20 +528,6 @@ def open_npz(path):
         found["about"] = {**found["about"], "file": str(path), "file_sha256": digest}
         found["about"].setdefault("name", str(path))
     return found, None if array is None else Uncropped(array)
-
-
-def open_array(path, name):
-    """An array of an .npz; memory-mapped if it is stored as np.savez and ADM do, uncompressed."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        info = archive.getinfo(f"{name}.npy")
-        if info.compress_type == zipfile.ZIP_STORED:
-            file.seek(info.header_offset + 26)
-            file.seek(sum(struct.unpack("<HH", file.read(4))), 1)  # past the name and the extra field of the zip entry
-            if np.lib.format.read_magic(file) == (1, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-                if not fortran and math.prod(shape):
-                    return np.memmap(path, dtype, "r", file.tell(), shape)
-    return np.load(path)[name]
 
 
 def open_set(source, args, crop_to=None, split="all"):

@@ -97,8 +97,7 @@ def parse_args(argv=None):
                                       for size, preset in TOKENIZERS.items()).translate({91: None, 93: None})
     schedule = lambda name: ", ".join(f"{model} {size} {preset[name]}"
                                       for (model, size), preset in SCHEDULES.items() if name in preset)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--model", choices=list(SIZES), default="llamagen", help="what to train (default: llamagen)")
     add("--size", help="; ".join(f"{model}: {' '.join(sizes)}" for model, sizes in SIZES.items())
@@ -121,7 +120,8 @@ def parse_args(argv=None):
     group("--quantizer", choices=QUANTIZERS, default="ifsq", help="bottleneck (default: ifsq)")
     group("--levels", type=int, nargs="+", default=[17] * 4, metavar="L", help="code values of each latent channel; "
           "their number is the number of channels for every bottleneck (default: 17 17 17 17)")
-    group("--alpha", type=float, help="slope of the quantizer's sigmoid (default: 1.6 for ifsq, 2.0 for fsq)")
+    group("--alpha", type=slope, metavar="{A,erf}", help="slope of the quantizer's "
+          "sigmoid, or the Gaussian CDF in its place (default: 1.6 for ifsq, 2.0 for fsq)")
     group("--edges", choices=["half", "full"], default="half", help="outer bins half as wide, as in the paper, or as wide "
           "as the others (default: half)")
     group("--codebook-size", type=int, metavar="N", help="vectors of the vq codebook (default: the product of the levels)")
@@ -214,10 +214,26 @@ def parse_args(argv=None):
                               "vae_weight", "repa_weight", "dropout"), 0), "lr": 1e-12, "alpha": 1e-3, "disc_start": -1}
     for name, smallest in least.items():
         value = getattr(args, name, None)
-        if value is not None and not smallest <= value < math.inf:                      # nan is neither
+        if value not in (None, "erf") and not smallest <= value < math.inf:                      # nan is neither
             raise UsageError(f"--{name.replace('_', '-')} must be at least {smallest}, not {value}")
     check_args(args)
     return args
+
+
+def new_parser(description):
+    """An ArgumentParser whose complaints are UsageErrors: one line, without the list of all flags."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+
+    def complain(message):
+        raise UsageError(f"{message} (--help explains all flags)")
+
+    parser.error = complain
+    return parser
+
+
+def slope(text):
+    return text if text == "erf" else float(text)
 
 
 def inherit(args, tokenizer):

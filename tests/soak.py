@@ -82,7 +82,8 @@ def kills(count, seed):
                 if kind == "kill one":
                     os.kill(rng.choice(descendants(process.pid)), signal.SIGKILL)
                 elif kind == "kill all":
-                    os.killpg(process.pid, signal.SIGKILL)
+                    for pid in {*descendants(process.pid), process.pid}:
+                        os.kill(pid, signal.SIGKILL)
                 else:
                     os.killpg(process.pid, signal.Signals[kind]) if kind == "SIGINT" else process.send_signal(signal.SIGTERM)
                 killed, tally[kind] = killed + 1, tally.get(kind, 0) + 1

@@ -44,6 +44,10 @@ def things(tmp_path_factory):
     (["--out", "{t}/file.txt"], "file.txt: File exists"),
     (["--out", "{t}/file.txt/below"], "Not a directory"),
     (["--seed", "-1"], "--seed must be at least 0"),
+    (["--alpha", "x"], "invalid slope value: 'x'"),
+    (["--levels", "many"], "invalid int value"),
+    (["--quantizer", "rvq"], "invalid choice: 'rvq'"),
+    (["--lerning-rate", "1"], "unrecognized arguments: --lerning-rate"),
     (["--lr", "nan"], "--lr must be at least"),
     (["--lr", "-1"], "--lr must be at least"),
     (["--num-workers", "-1"], "--num-workers must be"),
@@ -106,6 +110,7 @@ def test_evaluation(things, sampled, tmp_path, monkeypatch, capsys, flags, words
 
 
 @pytest.mark.parametrize("argv, words", [
+    ([], "required: CKPT"),
     (["{t}/nothing.pt"], "no such checkpoint"),
     (["{t}/file.txt"], "not a whole checkpoint"),
     (["{t}/fine"], "two sets of images"),
