@@ -41,7 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
 import dit
@@ -50,8 +50,8 @@ from fsq import CodeUsage
 from tokenizer import psnr
 from train import (CACHE, UsageError, build_generator, build_tokenizer, cache_tokens, create_array, draw_reconstructions,
                    drop_bad_images, fail, fetch, find_teacher, load_checkpoint, load_lpips, load_stage, load_teacher,
-                   load_weights, new_parser, open_folder, open_images, plain_args, sample_pictures, sampling_defaults, seed_of, spread,
-                   start_processes, to_float, to_uint8, validate_generator)
+                   load_weights, new_parser, open_folder, open_images, plain_args, sample_pictures, sampling_defaults,
+                   seed_of, spread, start_processes, to_float, to_uint8, validate_generator)
 
 METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
 INCEPTION_METRICS = frozenset(METRICS[4:])
@@ -111,8 +111,8 @@ def parse_args(argv=None):
     group("--sample-steps", type=int, metavar="N", help="DiT: steps from noise to data")
     group("--timestep-shift", type=float, metavar="S", help="DiT: below 1 smaller steps near the noise, above 1 near the data")
     group("--guide-channels", type=int, metavar="N", help="DiT: guide only the first N latent channels (the public code: 3)")
-    group("--probe", action="store_true", help="per layer: CKNNA with a teacher, and how near each state is to the final state of "
-          "its own token (STS) and of the next (NTS); OUT/probe.png")
+    group("--probe", action="store_true", help="per layer: CKNNA with a teacher, and how near each state is to the final "
+          "state of its own token (STS) and of the next (NTS); OUT/probe.png")
     group("--repa-teacher", metavar="{dinov2_vitb14,...,PATH}", help="teacher of --probe: DINOv2 by name, or a file as in "
           "train.py (default: that of the training run, or of another checkpoint given)")
     group("--tokenizer", metavar="CKPT", help="tokenizer of a released LlamaGen or DiT, whose file holds none")
@@ -832,7 +832,8 @@ def validation_set(checkpoint, args, stage, processes):
     try:
         images = open_images(trained.data, args.split, trained.image_size, trained.seed, args.skip_bad_images)
         if len(images.classes) > len(checkpoint["classes"]) and not trained.unconditional:
-            raise UsageError(f"--data {trained.data} has {len(images.classes)} classes, the generator {len(checkpoint['classes'])}")
+            raise UsageError(f"--data {trained.data} has {len(images.classes)} classes, "
+                             f"the generator {len(checkpoint['classes'])}")
     except UsageError as error:
         if args.data:
             raise
@@ -854,12 +855,13 @@ def probe(model, stage, tokens, images, unconditional, teacher, args, processes,
     layers = range(1, len(model.blocks if diffusion else model.layers) + 1)
     chosen = spread(tokens, 1000)
     if len(chosen) < 12:
-        raise UsageError(f"--probe compares each image with its {topk} neighbours, and there are {len(chosen)} images: add some")
+        raise UsageError(f"--probe compares each image with its {topk} neighbours, and there are {len(chosen)} images: "
+                         "add some")
     pooled = [torch.zeros(len(chosen), dim) for dim in (network.dim, *[model.dim] * len(layers))]
     similarities = torch.zeros(2, len(layers), dtype=torch.float64)
     for block in torch.arange(len(chosen)).split(args.batch_size)[processes.rank::processes.world]:
         indices = chosen[block].tolist()
-        codes, labels = (torch.stack([torch.as_tensor(tokens[i][part]) for i in indices]).to(processes.device) for part in (0, 1))
+        codes, labels = (part.to(processes.device) for part in default_collate([tokens[i] for i in indices]))
         labels = labels * (not unconditional)
         with processes.autocast():
             if diffusion:
@@ -1038,8 +1040,8 @@ def probe_teacher(args, checkpoints, processes):
     """The teacher of --probe as `load_teacher` returns it: the one named, or the first that a checkpoint was trained with."""
     known = [checkpoint["teacher"] for checkpoint in checkpoints.values() if checkpoint.get("teacher")]
     if args.repa_teacher is None and not known:
-        raise UsageError("--probe needs a teacher, and these checkpoints were trained without one: name it with --repa-teacher, "
-                         "dinov2_vitb14 or a file")
+        raise UsageError("--probe needs a teacher, and these checkpoints were trained without one: name it with "
+                         "--repa-teacher, dinov2_vitb14 or a file")
     return load_teacher(find_teacher(args.repa_teacher) if args.repa_teacher else known[0], args.pretrained, processes)
 
 

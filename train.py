@@ -157,9 +157,9 @@ def parse_args(argv=None):
     group("--repa-layer", type=int, metavar="K", help="align the hidden state after layer K (the first is 1; a third of the "
           "depth is a good choice) with a teacher's view of the image (default: no alignment)")
     group("--repa-weight", type=float, metavar="W", help=f"weight of the alignment loss (default: {schedule('repa_weight')})")
-    group("--repa-teacher", metavar="{auto,classifier,dinov2_vitb14,...,PATH}", help="classifier: a small network trained on the "
-          "labels first, in OUT/teacher; a DINOv2 by name (vits14 vitb14 vitl14 vitg14, or one with _reg), downloaded; a file of "
-          f"either (default: auto = DINOv2-B from {DINO_PX} px on, the classifier below)")
+    group("--repa-teacher", metavar="{auto,classifier,dinov2_vitb14,...,PATH}", help="classifier: a small network trained on "
+          "the labels first, in OUT/teacher; a DINOv2 by name (dinov2_vits14 vitb14 vitl14 vitg14, or one with _reg), downloaded; "
+          f"a file of either (default: auto = DINOv2-B from {DINO_PX} px on, the classifier below)")
     group("--cache-teacher", action="store_true", help="keep the teacher's features beside the tokens, in 16 bits, instead of "
           "reading the images and running the teacher in every step")
 
@@ -208,8 +208,8 @@ def parse_args(argv=None):
     if not 0 <= args.cooldown < 1 or not 0 <= args.ema_decay < 1 or not 0 <= args.class_dropout < 1:
         raise UsageError("--cooldown, --ema-decay and --class-dropout are shares: at least 0 and below 1")
     args.out = args.out or Path("out") / f"{args.model}-{Path(args.data).name}"
-    least = {**dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "crops", "patch_size",
-                              "tokenizer_steps", "codebook_size", "token_groups"), 1),
+    least = {**dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "crops",
+                              "patch_size", "tokenizer_steps", "codebook_size", "token_groups"), 1),
              **dict.fromkeys(("seed", "warmup", "num_workers", "grad_clip", "weight_decay", "disc_weight", "perceptual_weight",
                               "vae_weight", "repa_weight", "dropout"), 0), "lr": 1e-12, "alpha": 1e-3, "disc_start": -1}
     for name, smallest in least.items():
@@ -572,7 +572,7 @@ class Processes(NamedTuple):
         return nn.parallel.DistributedDataParallel(net, device_ids=local, **kwargs)
 
     def shard(self, net, blocks):
-        """Divide the parameters of `net` among the processes (FSDP), in place; each of `blocks` is put together when it runs."""
+        """Divide the parameters of `net` among the processes (FSDP), in place; each of `blocks` is made whole when it runs."""
         if self.world > 1:
             from torch.distributed.fsdp import fully_shard  # a second of importing that others need not wait for
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
@@ -737,16 +737,17 @@ def released(weights, path):
     What shapes do not tell is taken from the paper, and said: iFSQ with 17 levels, images of 256 px.
     """
     find = lambda pattern: sorted({int(m[1]) for m in (re.match(pattern, name) for name in weights) if m})
-    args = dict(data="unknown", unconditional=False, image_size=[256, 256], seed=0, batch_size=1, grad_checkpoint=False, patch_size=1,
-                dropout=0.0, class_dropout=0.1, token_groups=None, downsample=16)
+    args = dict(data="unknown", unconditional=False, image_size=[256, 256], seed=0, batch_size=1, grad_checkpoint=False,
+                patch_size=1, dropout=0.0, class_dropout=0.1, token_groups=None, downsample=16)
     found = {"format": 1, "step": 0, "args": args, "model": weights, "ema": weights, "classes": ["unknown"]}
     if "encoder.conv_in.weight" in weights and "quant_conv.weight" in weights:
         hidden, d = len(weights["encoder.conv_in.weight"]), weights["post_quant_conv.weight"].shape[1]
         widths = [len(weights[f"encoder.down.{i}.block.0.conv2.weight"]) for i in find(r"encoder\.down\.(\d+)\.")]
         quantizer = ("vq" if "quantize.embedding.weight" in weights else
                      "vae" if len(weights["quant_conv.weight"]) == 2 * d else "ifsq")
-        args.update(model="tokenizer", size="paper", quantizer=quantizer, levels=[17] * d, alpha=None, edges="half", hidden=hidden,
-                    multipliers=[width // hidden for width in widths], downsample=2 ** (len(widths) - 1), num_groups=32,
+        args.update(model="tokenizer", size="paper", quantizer=quantizer, levels=[17] * d, alpha=None, edges="half",
+                    hidden=hidden, multipliers=[width // hidden for width in widths], downsample=2 ** (len(widths) - 1),
+                    num_groups=32,
                     num_res_blocks=len(find(r"encoder\.down\.0\.block\.(\d+)\.")), disc_start=-1, disc_layers=4,
                     perceptual_weight=1.0, codebook_size=len(weights.get("quantize.embedding.weight", [])) or None)
     elif "cls_embedding.embedding_table.weight" in weights or "x_embedder.proj.weight" in weights:
@@ -765,8 +766,8 @@ def released(weights, path):
             args["patch_size"] = weights["x_embedder.proj.weight"].shape[2]
         found["classes"] = [f"class {i}" for i in range(len(table) - 1)]
     else:
-        raise UsageError(f"{path} is no checkpoint of train.py, and its names ({', '.join(list(weights)[:3])}, ...) are those of no "
-                         "public tokenizer, LlamaGen or DiT")
+        raise UsageError(f"{path} is no checkpoint of train.py, and its names ({', '.join(list(weights)[:3])}, ...) are those "
+                         "of no public tokenizer, LlamaGen or DiT")
     known = f"{args['quantizer']} of {args['levels']} levels" if args["model"] == "tokenizer" else f"size {args['size']}"
     print(f"{path}: released weights of a {args['model']}, taken as {known} for images of 256 px", file=sys.stderr)
     return {**found, "kind": args["model"]}
@@ -804,7 +805,8 @@ class Log:
     """
 
     columns = ["step", "loss", "l1", "lpips", "bottleneck", "g_loss", "d_weight", "d_loss", "mse", "cosine", "alignment",
-               "accuracy", "grad_norm", "lr", "images_per_s", "val_accuracy", "val_l1", "val_psnr", "val_use", "val_entropy_bits", "val_bits_per_token", "val_loss"]
+               "accuracy", "grad_norm", "lr", "images_per_s", "val_accuracy", "val_l1", "val_psnr", "val_use",
+               "val_entropy_bits", "val_bits_per_token", "val_loss"]
 
     def __init__(self, path, start, sums):
         self.path, self.sums = path, {name: (torch.tensor(total), count) for name, (total, count) in sums.items()}
@@ -959,7 +961,8 @@ def load_batches(args, processes, dataset, saved):
                       processes.world, args.grad_accum)
     cuda = processes.device.type == "cuda"
     workers = args.num_workers if args.num_workers is not None else 8 if cuda else 0
-    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_interrupts))
+    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=cuda,
+                           worker_init_fn=ignore_interrupts))
 
 
 def ignore_interrupts(worker):
@@ -1170,7 +1173,7 @@ class Tokens(Dataset):
 
 
 class Features:
-    """(index, view) -> the features (T,D) fp16 that a teacher has of it, on disk: the `beside` of Tokens for --cache-teacher."""
+    """(index, view) -> a teacher's features (T,D) fp16 of it, on disk: the `beside` of Tokens for --cache-teacher."""
 
     def __init__(self, folder):
         self.features = np.load(folder / "codes.npy", mmap_mode="r")
@@ -1599,7 +1602,8 @@ def train_generator(args):
 
 def excerpt(checkpoint, *more):
     """What a generator's checkpoint keeps of its tokenizer's or teacher's."""
-    return {name: checkpoint[name] for name in ("format", "kind", "args", "step", "ema", "classes", *more) if name in checkpoint}
+    names = "format", "kind", "args", "step", "ema", "classes", *more
+    return {name: checkpoint[name] for name in names if name in checkpoint}
 
 
 def main(argv=None):
@@ -1622,7 +1626,7 @@ def fail(program, error):
     elif isinstance(error, torch.OutOfMemoryError):
         text = "the device is out of memory: lower --batch-size, or raise --grad-accum or set --grad-checkpoint in training"
     elif isinstance(error, OSError) and not isinstance(error, UsageError):
-        text = f"{error.filename or 'a file'}: {error.strerror or error}: check the path, its permissions and the room on the disk"
+        text = f"{error.filename or 'a file'}: {error.strerror or error}: check the path, its permissions and the disk's room"
     else:
         text = str(error).strip().splitlines()[-1].split("UsageError: ")[-1]            # a loader process adds its traceback
     print(f"{program}: {text}", file=sys.stderr)
