@@ -158,7 +158,7 @@ def parse_args(argv=None):
           "depth is a good choice) with a teacher's view of the image (default: no alignment)")
     group("--repa-weight", type=float, metavar="W", help=f"weight of the alignment loss (default: {schedule('repa_weight')})")
     group("--repa-teacher", metavar="{auto,classifier,dinov2_vitb14,...,PATH}", help="classifier: a small network trained on "
-          "the labels first, in OUT/teacher; a DINOv2 by name (dinov2_vits14 vitb14 vitl14 vitg14, or one with _reg), downloaded; "
+          "the labels first, in OUT/teacher; a DINOv2 by name (dinov2_vits14, vitb14, vitl14, vitg14, or with _reg), downloaded; "
           f"a file of either (default: auto = DINOv2-B from {DINO_PX} px on, the classifier below)")
     group("--cache-teacher", action="store_true", help="keep the teacher's features beside the tokens, in 16 bits, instead of "
           "reading the images and running the teacher in every step")
