@@ -68,46 +68,46 @@ def kills(count, seed):
     common = [*FLAGS, "--save-every", "2", "--tokenizer-steps", "12", "--steps", "40", "--repa-layer", "1", "--cache-teacher",
               "--cache-dir", folder / "cache"]
     killed, finished, tally, longest = 0, 0, {}, 0.0
-    reference = {}
-    while killed < count:
-        run = folder / f"run{finished}"
-        for processes in [2 if finished % 2 else 1]:
-            resume = ["--resume"] if (run / "ckpt.pt").exists() else []
-            process = begin(folder, processes, "train", *common, "--out", run, *resume)
-            try:
-                # two thirds of the interruptions come while something is being done, the rest at once or late
-                process.wait(timeout=rng.uniform(1.0, 14.0))
-            except subprocess.TimeoutExpired:
-                kind = rng.choice(["kill one", "kill all", "SIGTERM", "SIGINT"])
-                if kind == "kill one":
-                    os.kill(rng.choice(descendants(process.pid)), signal.SIGKILL)
-                elif kind == "kill all":
-                    for pid in {*descendants(process.pid), process.pid}:
-                        os.kill(pid, signal.SIGKILL)
-                else:
-                    os.killpg(process.pid, signal.Signals[kind]) if kind == "SIGINT" else process.send_signal(signal.SIGTERM)
-                killed, tally[kind] = killed + 1, tally.get(kind, 0) + 1
-            began = time.perf_counter()
-            out, _ = process.communicate(timeout=120)
-            longest = max(longest, time.perf_counter() - began)
-            for path in run.rglob("ckpt.pt"):
-                train.load_checkpoint(path)                                             # raises if it is not a whole one
-            for cache in (folder / "cache").glob("*"):
-                if cache.suffix != ".tmp":
-                    assert len(np.load(cache / "codes.npy")) == len(np.load(cache / "labels.npy"))
+    reference, resume = {}, []
+    while killed < count or resume:  # the last run is brought to its end
+        run, processes = folder / f"run{finished}", 1 + finished % 2
+        process = begin(folder, processes, "train", *common, "--out", run, *resume)
+        try:  # some come at once, some during the imports, most while something is being done
+            process.wait(timeout=rng.uniform(1.0, 14.0) if killed < count else None)
+        except subprocess.TimeoutExpired:
+            kind = rng.choice(["kill one", "kill all", "SIGTERM", "SIGINT"])
+            if kind == "kill one":
+                os.kill(rng.choice(descendants(process.pid)), signal.SIGKILL)
+            elif kind == "kill all":
+                for pid in {*descendants(process.pid), process.pid}:
+                    os.kill(pid, signal.SIGKILL)
+            elif kind == "SIGINT":  # as a terminal does: to all of them
+                os.killpg(process.pid, signal.SIGINT)
+            else:
+                process.send_signal(signal.SIGTERM)
+            killed, tally[kind] = killed + 1, tally.get(kind, 0) + 1
+        began = time.perf_counter()
+        out, _ = process.communicate(timeout=120)
+        longest = max(longest, time.perf_counter() - began)
+        for path in run.rglob("ckpt.pt"):
+            train.load_checkpoint(path)                                                 # raises if it is not a whole one
+        for cache in (folder / "cache").glob("*"):
+            if cache.suffix != ".tmp":
+                assert len(np.load(cache / "codes.npy")) == len(np.load(cache / "labels.npy"))
+        resume = ["--resume"] if (run / "ckpt.pt").exists() else []
         if process.returncode == 0:
             state = train.load_checkpoint(run / "ckpt.pt")
             assert state["step"] == 40
             if processes not in reference:
-                whole = begin(folder, processes, "train", *common, "--out", folder / f"whole{processes}", "--cache-dir",
-                              folder / f"cache-whole{processes}")
+                whole = begin(folder, processes, "train", *common, "--cache-dir", folder / f"cache-whole{processes}", "--out",
+                              folder / f"whole{processes}")
                 text, _ = whole.communicate(timeout=300)
                 assert whole.returncode == 0, text
                 reference[processes] = train.load_checkpoint(folder / f"whole{processes}" / "ckpt.pt")
             for part in ("model", "ema", "projector"):
                 for name, value in reference[processes][part].items():
                     assert torch.equal(value, state[part][name]), f"run {finished}: {part} {name} differs from an unbroken run"
-            finished += 1
+            finished, resume = finished + 1, []
             sample(folder, run, rng)
         elif not (out or "").strip() and process.returncode not in (-9, -15, -2):
             raise AssertionError(f"silent exit with {process.returncode}")
