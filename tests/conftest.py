@@ -31,6 +31,15 @@ def golden():
     return load
 
 
+@pytest.fixture
+def one_thread():
+    """Sums in as many parts as in the processes that torchrun starts, whose results shall be the same to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def close(actual, expected, tolerance=3e-5):
     """Within 3e-5 of the largest reference value plus 1e-4 relative: what fp32 on another CPU may differ by."""
     expected = expected.to(actual.dtype)

@@ -74,7 +74,7 @@ def test_psnr_is_that_of_saved_pictures(checkpoints, tmp_path, capsys):
     assert reports["ifsq-ckpt"]["results"]["psnr"] == pytest.approx(total, abs=1e-5)
 
 
-def test_numbers_do_not_depend_on_batch_size_or_processes(checkpoints, tmp_path, capsys):
+def test_numbers_do_not_depend_on_batch_size_or_processes(one_thread, checkpoints, tmp_path, capsys):
     path = checkpoints / "ifsq" / "ckpt.pt"
     flags = ["--split", "all", "--num-samples", "13", "--metrics", "psnr", "ssim", "codes"]
     one, _ = report(capsys, tmp_path / "one", path, *flags)

@@ -206,7 +206,7 @@ def test_exactly_n_different_samples_whoever_draws_them(generators, tmp_path, mo
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_draw_the_same_samples(generators, tmp_path, ranks):
+def test_ranks_draw_the_same_samples(one_thread, generators, tmp_path, ranks):
     """Needs the sizes of this file in other processes, so it goes through a small launcher script."""
     launcher = tmp_path / "launcher.py"
     launcher.write_text("import sys; sys.path.insert(0, '.')\nimport train, evaluate\n"

@@ -14,6 +14,7 @@ from test_train import assert_same, assert_same_gradient, rows
 import train
 from train import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAUNCHER = """import sys; sys.path.insert(0, '.')
 import train
 train.llamagen.SIZES['nano'] = (2, 2, 32)
