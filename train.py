@@ -1389,8 +1389,8 @@ class Aligned(nn.Module):
 class Stage(NamedTuple):
     """All that turns a generator's output into pictures: the frozen tokenizer and the statistics DiT normalises by."""
     tokenizer: Tokenizer
-    mean: torch.Tensor    # (1,d,1,1)
-    std: torch.Tensor     # (1,d,1,1)
+    mean: torch.Tensor    # (1,d,1,1), or None for a released tokenizer, whose file lacks them
+    std: torch.Tensor     # (1,d,1,1), or None
     grid: tuple           # (h, w)
 
     def latents_of(self, codes):
