@@ -1,0 +1,234 @@
+"""The paper's findings at laptop scale: trains what a question needs, measures it, draws and tabulates the answer.
+
+    python tests/findings.py bottlenecks              # one question; without a name, all of them in turn (hours)
+    python tests/findings.py --draw                   # only pictures and tables, from the reports that are there
+    python tests/findings.py alpha --data shapes      # on the built-in drawings, without a download
+
+Questions: bottlenecks bits alpha edges models repa-layer repa-weight. All at 16 px, 4x down: 16 tokens an image, models of size
+nano. What has its report in assets/findings is not run again, an interrupted run goes on from its last checkpoint, and several
+of these commands may work on one folder at the same time. Every step is a command of train.py or evaluate.py; its flags are
+in the report. Distances are between samples and as many validation images, in random Inception features, and, with
+--second-opinion SCRIPT (called as SCRIPT REFERENCE.npz SAMPLES.npz, printing JSON), in those of another network.
+"""
+import argparse
+import csv
+import fcntl
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
+import train  # noqa: E402
+
+SAMPLES = 300
+PIXELS = "--image-size", 16, "--downsample", 4
+STEPS = {"tokenizer": (1000,), "llamagen": (600,), "dit": (600,)}
+SETTINGS = {"tokenizer": ["--metrics", "psnr", "ssim", "codes"],
+            "llamagen": ["--metrics", "fid", "kid", "--cfg-scale", 2],
+            "dit": ["--metrics", "fid", "kid", "--cfg-scale", 2, "--sample-steps", 25]}
+
+
+class Run(NamedTuple):
+    """One training: the flags that set it apart, and at which steps it is measured."""
+    model: str
+    flags: tuple = ()             # ("--alpha", 1.4, ...)
+    seed: int = 0
+    steps: tuple = None           # of STEPS by default
+    rfid: bool = False            # a tokenizer's distance, too
+
+    def name(self, step=None):
+        flags = "".join(str(flag).replace("--", "-") if str(flag).startswith("--") else f"={flag}" for flag in self.flags)
+        return f"{self.model}{flags}-seed={self.seed}" + (f"-step={step}" if step else "")
+
+
+# ------------------------------------------------------------------------------------------------ the questions
+# Each is {picture: {curve: {x: [its runs, one for each seed]}}}.
+
+
+def tokenizers(variants, seeds=(0, 1), rfid=False):
+    """{x: flags} -> {x: [Run, ...]}."""
+    return {x: [Run("tokenizer", tuple(flags), seed, rfid=rfid) for seed in seeds] for x, flags in variants.items()}
+
+
+def generators(model, variants, seeds=(0,), steps=None):
+    """{x: flags} -> {x: [Run, ...]}; all of a data set and a number of levels stand on the tokenizer of seed 0."""
+    return {x: [Run(model, tuple(flags), seed, steps) for seed in seeds] for x, flags in variants.items()}
+
+
+def levels(counts, *more):
+    """{bits a channel: flags} for numbers of levels; 17 is train.py's default."""
+    return {round(math.log2(n), 2): ([] if n == 17 else ["--levels", *[n] * 4]) + list(more) for n in counts}
+
+
+LEVELS, MODELS = (2, 3, 5, 9, 17, 33, 65), {"llamagen": "LlamaGen", "dit": "DiT"}
+LAYERS, WEIGHTS = (2, 4, 6, 8, 10, 12), (0.25, 0.5, 1, 2, 4)
+USUAL = {"llamagen": 2, "dit": 0.5}  # the weights of train.py
+layer = lambda k, *more: ["--repa-layer", k, *more]
+CURVES = 300, 600
+QUESTIONS = {
+    "repa": {f"{name}{', aligned' * bool(flags)}": generators(model, {0: flags}, (0, 1, 2), CURVES)
+             for model, name in MODELS.items() for flags in ((), layer(4))},
+    "alpha": {"half bins at the ends": tokenizers({alpha: [] if alpha == 1.6 else ["--alpha", alpha]
+                                                   for alpha in (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, "erf")})},
+    "edges": {"half bins at the ends": tokenizers(levels((3, 5, 9, 17))),
+              "equal bins": tokenizers(levels((3, 5, 9, 17), "--edges", "full"))},
+    "bottlenecks": {name: tokenizers({0: flags}, rfid=True) for name, flags in {
+        "ae": ["--quantizer", "ae"], "vae": ["--quantizer", "vae"], "vq": ["--quantizer", "vq"], "fsq": ["--quantizer", "fsq"],
+        "fsq, equal bins": ["--quantizer", "fsq", "--edges", "full"], "ifsq": [],
+        "ifsq, equal bins": ["--edges", "full"]}.items()},
+    "bits": {"tokenizer": tokenizers(levels(LEVELS)),
+             "8 channels": tokenizers({round(math.log2(5), 2): ["--levels", *[5] * 8]}),
+             **{name: generators(model, levels(LEVELS)) for model, name in MODELS.items()}},
+    "repa-layer": {name: generators(model, {k: layer(k) for k in LAYERS}) for model, name in MODELS.items()},
+    "repa-weight": {name: generators(model, {w: layer(4, *([] if w == USUAL[model] else ["--repa-weight", w])) for w in WEIGHTS})
+                    for model, name in MODELS.items()},
+}
+
+
+# ------------------------------------------------------------------------------------------------ doing
+
+
+class Workshop:
+    """Where runs are made and their reports kept."""
+
+    def __init__(self, args):
+        self.data, self.second = args.data, args.second_opinion
+        name = Path(args.data).name
+        self.out, self.reports = args.out / name, ROOT / "assets" / "findings" / name
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.reports.mkdir(parents=True, exist_ok=True)
+
+    def call(self, log, *command):
+        """Run a command of this repository; its output goes to LOG."""
+        with open(log, "a") as file:
+            print("$", *command, file=file, flush=True)
+            if subprocess.run([sys.executable, *map(str, command)], stdout=file, stderr=file).returncode:
+                sys.exit(f"findings.py: a command failed, see the end of {log}")
+
+    def report(self, run, step=None):
+        """The report of `run`, or None if there is none yet."""
+        path = self.reports / f"{run.name(step or self.steps(run)[-1])}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @staticmethod
+    def steps(run):
+        return run.steps or STEPS[run.model]
+
+    def make(self, run):
+        """Train and measure `run` as far as that is missing. Returns the checkpoint's path, or None if nothing was missing."""
+        if all(self.report(run, step) for step in self.steps(run)):
+            return None
+        out = self.out / run.name()
+        out.mkdir(exist_ok=True)
+        with open(out / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends, however it does
+            for step in self.steps(run):
+                if not self.report(run, step):
+                    self.measure(run, step, self.trained(run, step))
+        return out / "ckpt.pt"
+
+    def checkpoint(self, run):
+        """The path of the last checkpoint of `run`, trained if it is not there (a report may have come without it)."""
+        path = self.out / run.name() / "ckpt.pt"
+        if not path.exists() or train.load_checkpoint(path)["step"] < self.steps(run)[-1]:
+            path.parent.mkdir(exist_ok=True)
+            with open(path.parent / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self.trained(run, self.steps(run)[-1])
+        return path
+
+    def trained(self, run, step):
+        """The path of the checkpoint of `run` at `step`."""
+        out = self.out / run.name()
+        path = out / "ckpt.pt"
+        done = train.load_checkpoint(path)["step"] if path.exists() else 0
+        if done >= step:
+            return path
+        flags = ["--model", run.model, "--data", self.data, "--seed", run.seed, "--out", out, "--steps", step]
+        if run.model == "tokenizer":
+            flags += [*PIXELS, *run.flags]
+        else:  # a constant learning rate, so that a run can go on to the next step that it is measured at
+            levels, rest = (run.flags[:5], run.flags[5:]) if "--levels" in run.flags else ((), run.flags)
+            flags += ["--tokenizer", self.checkpoint(Run("tokenizer", levels)), "--cooldown", 0, "--eval-every", 100,
+                      "--cache-dir", self.out / "cache", *rest]
+            if "--repa-layer" in rest:
+                flags += ["--repa-teacher", self.teacher(), "--cache-teacher"]
+        self.call(out / "commands.log", ROOT / "train.py", *flags, *(["--resume"] if done else []))
+        return path
+
+    def teacher(self):
+        """The path of the classifier that all runs are aligned with: a run of one step trains it."""
+        out = self.out / "teacher"
+        out.mkdir(exist_ok=True)
+        with open(out / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (out / "ckpt.pt").exists():
+                self.call(out / "commands.log", ROOT / "train.py", "--model", "dit", "--data", self.data, "--steps", 1, "--out", out,
+                          "--tokenizer", self.checkpoint(Run("tokenizer")), "--repa-layer", 4, "--cache-dir", self.out / "cache")
+        return out / "teacher" / "ckpt.pt"
+
+    def measure(self, run, step, path):
+        """Write the report of the checkpoint `path`."""
+        out, flags = self.out / run.name(), list(SETTINGS[run.model])
+        if run.model == "tokenizer" and run.rfid:
+            flags += ["fid", "--num-samples", SAMPLES]
+        if run.model != "tokenizer":
+            flags += ["--num-samples", SAMPLES, "--save-npz", "--reference", self.reference()[1]]
+        self.call(out / "commands.log", ROOT / "evaluate.py", path, *flags, "--inception", "random", "--out", out)
+        found = json.loads((out / f"{evaluate.report_name(path)}.json").read_text())
+        results, settings = found["results"], found["training"]
+        for channel in results["codes"]["channels"] if results.get("codes") else []:
+            del channel["histogram"]
+        if self.second and run.model != "tokenizer":
+            output = subprocess.run([sys.executable, self.second, self.reference()[0], out / f"{evaluate.report_name(path)}.npz"],
+                                    check=True, capture_output=True, text=True).stdout
+            results["second_opinion"] = {name: value for name, value in json.loads(output).items() if isinstance(value, float)}
+        log = [{name: float(value) for name, value in row.items() if value}
+               for row in csv.DictReader((out / "log.csv").open()) if row["val_psnr"] or row["val_loss"] or row["val_bits_per_token"]]
+        local = {"out", "resume", "cache_dir", "pretrained", "tokenizer", "repa_teacher", "num_workers", "device", "init_from"}
+        settings = {**{name: value for name, value in settings.items() if name not in local}, "data": Path(self.data).name}
+        kept = {"run": run.name(), "step": found["step"], "training": settings, "sampling": found.get("sampling"),
+                "torch": found["torch"], "results": {name: results[name] for name in results if name not in ("reference", "compared")},
+                "log": log}
+        (self.reports / f"{run.name(step)}.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+    def reference(self):
+        """SAMPLES validation images as .npz, and their statistics."""
+        images, statistics = self.out / "reference.npz", self.out / "reference-statistics.npz"
+        with open(self.out / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not statistics.exists():
+                source = train.open_images(self.data, "val", [PIXELS[1]] * 2)
+                chosen = np.linspace(0, len(source) - 1, SAMPLES).round().astype(int)
+                np.savez(images, np.stack([source[i][0].permute(1, 2, 0).numpy() for i in chosen]))
+                self.call(self.out / "commands.log", ROOT / "evaluate.py", images, "--save-reference", statistics, "--inception",
+                          "random", "--out", self.out / "eval")
+        return images, statistics
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", nargs="*", metavar="QUESTION")
+    parser.add_argument("--data", default="cifar10", help="as for train.py (default: cifar10)")
+    parser.add_argument("--out", type=Path, default=Path("out/findings"), help="folder of the trainings (default: out/findings)")
+    parser.add_argument("--second-opinion", metavar="SCRIPT")
+    parser.add_argument("--draw", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    if set(args.questions) - set(QUESTIONS):
+        parser.error(f"no such question: {' '.join(set(args.questions) - set(QUESTIONS))}; choose from {' '.join(QUESTIONS)}")
+    shop = Workshop(args)
+    for question in args.questions or QUESTIONS:
+        runs = [run for curve in QUESTIONS[question].values() for runs in curve.values() for run in runs]
+        for run in sorted(runs, key=lambda run: run.seed) if not args.draw else ():
+            shop.make(run)
+
+
+if __name__ == "__main__":
+    main()
