@@ -11,6 +11,7 @@ in the report. Distances are between samples and as many validation images, in r
 --second-opinion SCRIPT (called as SCRIPT REFERENCE.npz SAMPLES.npz, printing JSON), in those of another network.
 """
 import argparse
+import contextlib
 import csv
 import fcntl
 import json
@@ -70,11 +71,12 @@ def levels(counts, *more):
 LEVELS, MODELS = (2, 3, 5, 9, 17, 33, 65), {"llamagen": "LlamaGen", "dit": "DiT"}
 LAYERS, WEIGHTS = (2, 4, 6, 8, 10, 12), (0.25, 0.5, 1, 2, 4)
 USUAL = {"llamagen": 2, "dit": 0.5}  # the weights of train.py
+MIDDLE = {"erf": 1.702}              # where on the axis of alpha: the slope of the nearest sigmoid
 layer = lambda k, *more: ["--repa-layer", k, *more]
 CURVES = 300, 600
 QUESTIONS = {
     "repa": {f"{name}{', aligned' * bool(flags)}": generators(model, {0: flags}, (0, 1, 2), CURVES)
-             for model, name in MODELS.items() for flags in ((), layer(4))},
+             for model, name in MODELS.items() for flags in ((), layer(4))},  # x is the step: see `curves_of`
     "alpha": {"half bins at the ends": tokenizers({alpha: [] if alpha == 1.6 else ["--alpha", alpha]
                                                    for alpha in (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, "erf")})},
     "edges": {"half bins at the ends": tokenizers(levels((3, 5, 9, 17))),
@@ -86,9 +88,36 @@ QUESTIONS = {
     "bits": {"tokenizer": tokenizers(levels(LEVELS)),
              "8 channels": tokenizers({round(math.log2(5), 2): ["--levels", *[5] * 8]}),
              **{name: generators(model, levels(LEVELS)) for model, name in MODELS.items()}},
-    "repa-layer": {name: generators(model, {k: layer(k) for k in LAYERS}) for model, name in MODELS.items()},
-    "repa-weight": {name: generators(model, {w: layer(4, *([] if w == USUAL[model] else ["--repa-weight", w])) for w in WEIGHTS})
-                    for model, name in MODELS.items()},
+    "repa-layer": {name: generators(model, {0: (), **{k: layer(k) for k in LAYERS}}) for model, name in MODELS.items()},
+    "repa-weight": {name: generators(model, {0: (), **{w: layer(4, *([] if w == USUAL[model] else ["--repa-weight", w]))
+                                                       for w in WEIGHTS}}) for model, name in MODELS.items()},
+}
+mean = lambda values: sum(values) / len(values)
+METRICS = {  # title: (what it is of a report, digits in a table)
+    "PSNR, dB": (lambda r: r["results"]["psnr"], 2),
+    "SSIM": (lambda r: r["results"]["ssim"], 4),
+    "bits a pixel": (lambda r: r["results"]["bits_per_pixel"], 2),
+    "entropy / log2 of the codes": (lambda r: r["results"]["codes"]["entropy_bits"] / r["results"]["codes"]["bits_per_token"], 4),
+    "entropy of a channel / log2 L": (lambda r: mean([c["entropy_bits"] / math.log2(n) for c, n in zip(
+        r["results"]["codes"]["channels"], r["training"]["levels"])]), 4),
+    "std of the latents": (lambda r: mean(r["results"]["latents"]["std"]), 3),
+    "KS distance to uniform": (lambda r: mean(r["results"]["latents"]["ks"]), 4),
+    f"random-rFID@{SAMPLES}": (lambda r: r["results"]["distances"][f"random-fid@{SAMPLES}"], 4),
+    f"random-FID@{SAMPLES}": (lambda r: r["results"]["distances"][f"random-fid@{SAMPLES}"], 4),
+    "semantic FD": (lambda r: r["results"]["second_opinion"]["fd"], 1),
+    "LlamaGen: bits a token": (lambda r: r["results"]["val_bits_per_token"], 3),
+    "DiT: squared error": (lambda r: r["results"]["val_loss"], 4),
+}
+LOSSES = ["LlamaGen: bits a token", "DiT: squared error"]
+DISTANCES = [f"random-FID@{SAMPLES}", "semantic FD"]
+PICTURES = {  # question: (label of the x axis, metrics)
+    "repa": ("step", [*LOSSES, *DISTANCES]),
+    "alpha": ("alpha", ["PSNR, dB", "entropy / log2 of the codes", "KS distance to uniform", "std of the latents"]),
+    "edges": ("log2 L", ["PSNR, dB", "entropy of a channel / log2 L", "entropy / log2 of the codes"]),
+    "bottlenecks": ("", ["PSNR, dB", "SSIM", f"random-rFID@{SAMPLES}", "entropy / log2 of the codes", "bits a pixel"]),
+    "bits": ("log2 L", ["PSNR, dB", "entropy / log2 of the codes", *DISTANCES]),
+    "repa-layer": ("aligned layer (0: none)", [*LOSSES, *DISTANCES]),
+    "repa-weight": ("weight (0: none)", [*LOSSES, *DISTANCES]),
 }
 
 
@@ -183,6 +212,8 @@ class Workshop:
             flags += ["--num-samples", SAMPLES, "--save-npz", "--reference", self.reference()[1]]
         self.call(out / "commands.log", ROOT / "evaluate.py", path, *flags, "--inception", "random", "--out", out)
         found = json.loads((out / f"{evaluate.report_name(path)}.json").read_text())
+        if found["step"] != step:
+            sys.exit(f"findings.py: {path} is already past step {step}, which has no report: remove its folder")
         results, settings = found["results"], found["training"]
         for channel in results["codes"]["channels"] if results.get("codes") else []:
             del channel["histogram"]
@@ -213,6 +244,51 @@ class Workshop:
         return images, statistics
 
 
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+def values_of(shop, question, metric):
+    """{curve: {x: values, one for each seed}} of the reports that are there and know the metric."""
+    found = {}
+    for name, points in QUESTIONS[question].items():
+        for x, runs in points.items():
+            for run in runs:
+                for step in shop.steps(run) if question == "repa" else shop.steps(run)[-1:]:
+                    report = shop.report(run, step)
+                    with contextlib.suppress(KeyError, TypeError):  # None: no report, or no codes
+                        value = METRICS[metric][0](report)
+                        found.setdefault(name, {}).setdefault(step if question == "repa" else x, []).append(value)
+    if question == "repa" and metric in LOSSES:  # which the log knows at more steps
+        column = {"LlamaGen: bits a token": "val_bits_per_token", "DiT: squared error": "val_loss"}[metric]
+        for name in found:
+            found[name], reports = {}, [shop.report(run) for run in QUESTIONS[question][name][0]]
+            for row in (row for report in reports if report for row in report["log"]):
+                found[name].setdefault(int(row["step"]), []).append(row[column])
+    return found
+
+
+def draw(shop, question):
+    """assets/findings/DATA-QUESTION.png, and the same as a table on stdout: mean (smallest to largest) over the seeds."""
+    xlabel, metrics = PICTURES[question]
+    found = {metric: values_of(shop, question, metric) for metric in metrics}
+    found = {metric: curves for metric, curves in found.items() if curves}
+    if not found:
+        return print(f"{question}: no reports yet")
+    kept = lambda curves: {name: ([MIDDLE.get(x, x) for x in points], list(points.values())) for name, points in curves.items()}
+    panels = {metric: kept(curves) for metric, curves in found.items()}
+    if question == "bottlenecks":
+        order = list(QUESTIONS[question])
+        panels = {metric: {name: ([order.index(name)], y) for name, (_, y) in curves.items()} for metric, curves in panels.items()}
+    evaluate.draw_curves(ROOT / "assets" / "findings" / f"{shop.reports.name}-{question}.png", panels, xlabel)
+    rows = list(dict.fromkeys((name, x) for curves in found.values() for name, points in curves.items() for x in points))
+    print(f"\n| {question} | {xlabel} | {' | '.join(found)} |\n|{'---|' * (len(found) + 2)}")
+    for name, x in rows:
+        cells = [found[metric].get(name, {}).get(x) for metric in found]
+        text = [f"{mean(v):.{METRICS[m][1]}f}" + (f" ({min(v):.{METRICS[m][1]}f} to {max(v):.{METRICS[m][1]}f})" if len(v) > 1 else "")
+                if v else "-" for m, v in zip(found, cells)]
+        print(f"| {name} | {x} | {' | '.join(text)} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="*", metavar="QUESTION")
@@ -228,6 +304,7 @@ def main():
         runs = [run for curve in QUESTIONS[question].values() for runs in curve.values() for run in runs]
         for run in sorted(runs, key=lambda run: run.seed) if not args.draw else ():
             shop.make(run)
+        draw(shop, question)
 
 
 if __name__ == "__main__":

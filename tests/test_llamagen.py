@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import llamagen
-from llamagen import (LlamaGen, cross_entropy, draw, filter_logits, group_vocab, join_index, released_arguments, rope_table,
-                      rotate, sample, split_index)
+from llamagen import (LlamaGen, cross_entropy, draw, filter_logits, group_vocab, join_index, packed_weights, released_arguments,
+                      rope_table, rotate, sample, split_index)
 
 NO_DROP = torch.zeros(3, dtype=torch.bool)
 
@@ -496,3 +496,17 @@ def test_the_example_in_the_docstring_runs():
     names = {}
     exec(textwrap.dedent(llamagen.__doc__.split("Usage\n")[1]), names)
     assert names["images"].shape == (8, 16) and names["images"].max() < 625
+
+
+def test_packed_weights_change_the_order_of_the_sums_only():
+    model = LlamaGen(grid=(2, 2), vocab_sizes=[5], num_classes=3, n_layer=1, n_head=4, dim=512).eval()
+    layer, x = model.layers[0].feed_forward.w2, torch.randn(3, 1, model.layers[0].feed_forward.w2.in_features)
+    plain = layer(x)
+    with pytest.raises(KeyError), packed_weights(model):
+        assert "forward" in vars(layer) and "forward" not in vars(model.output), "the large ones only"
+        packed = layer(x)
+        assert not torch.equal(packed, torch.zeros_like(packed)) and (packed - plain).abs().max() < 1e-5
+        raise KeyError
+    assert "forward" not in vars(layer) and torch.equal(layer(x), plain)
+    with packed_weights(model.bfloat16()):
+        assert "forward" not in vars(layer), "an fp32 matter"
