@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
+import fsq  # noqa: E402
 import train  # noqa: E402
 
 SAMPLES = 300
@@ -150,18 +152,15 @@ class Workshop:
     def steps(run):
         return run.steps or STEPS[run.model]
 
-    def make(self, run):
-        """Train and measure `run` as far as that is missing. Returns the checkpoint's path, or None if nothing was missing."""
-        if all(self.report(run, step) for step in self.steps(run)):
-            return None
+    def make(self, run, wait):
+        """Train and measure `run` as far as that is missing. If another process is at it: wait, or leave it alone."""
         out = self.out / run.name()
         out.mkdir(exist_ok=True)
-        with open(out / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends, however it does
+        with open(out / "lock", "w") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # until this process ends, however it does
             for step in self.steps(run):
                 if not self.report(run, step):
                     self.measure(run, step, self.trained(run, step))
-        return out / "ckpt.pt"
 
     def checkpoint(self, run):
         """The path of the last checkpoint of `run`, trained if it is not there (a report may have come without it)."""
@@ -279,14 +278,33 @@ def draw(shop, question):
     if question == "bottlenecks":
         order = list(QUESTIONS[question])
         panels = {metric: {name: ([order.index(name)], y) for name, (_, y) in curves.items()} for metric, curves in panels.items()}
-    evaluate.draw_curves(ROOT / "assets" / "findings" / f"{shop.reports.name}-{question}.png", panels, xlabel)
+    picture = f"{shop.reports.name}-{question}.png"
+    evaluate.draw_curves(ROOT / "assets" / "findings" / picture, panels, xlabel)
     rows = list(dict.fromkeys((name, x) for curves in found.values() for name, points in curves.items() for x in points))
-    print(f"\n| {question} | {xlabel} | {' | '.join(found)} |\n|{'---|' * (len(found) + 2)}")
+    lines = [f"![{question}](findings/{picture})", "", f"| | {xlabel or ' '} | {' | '.join(found)} |", f"|{'---|' * (len(found) + 2)}"]
     for name, x in rows:
-        cells = [found[metric].get(name, {}).get(x) for metric in found]
-        text = [f"{mean(v):.{METRICS[m][1]}f}" + (f" ({min(v):.{METRICS[m][1]}f} to {max(v):.{METRICS[m][1]}f})" if len(v) > 1 else "")
-                if v else "-" for m, v in zip(found, cells)]
-        print(f"| {name} | {x} | {' | '.join(text)} |")
+        cells = [(found[metric].get(name, {}).get(x), METRICS[metric][1]) for metric in found]
+        text = ["" if v is None else f"{mean(v):.{n}f}" + f" ({min(v):.{n}f} to {max(v):.{n}f})" * (len(v) > 1) for v, n in cells]
+        lines.append(f"| {name} | {x} | {' | '.join(text)} |")
+    print(f"\n{question}", *lines, sep="\n")
+    page, begin, end = ROOT / "assets" / "findings.md", f"<!-- {picture} -->\n", "\n<!-- end -->"
+    before, found, after = page.read_text().partition(begin)
+    if found:  # the page shows what the reports say
+        page.write_text(before + begin + "\n".join(lines) + end + after.partition(end)[2])
+
+
+def draw_bins(path, level=9, n=1 << 19):
+    """PNG: where the quantizer sends z ~ N(0, 1). Left the density of y, right how often each code comes up."""
+    z = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    density, frequency = {}, {}
+    for name, alpha, edges in ("FSQ: tanh", 2.0, "half"), ("iFSQ: 1.6", 1.6, "half"), ("1.6, equal bins", 1.6, "full"):
+        if edges == "half":
+            height, at = np.histogram(fsq.bound(z, alpha).numpy(), 50, (-1, 1), density=True)
+            density[name] = ((at[1:] + at[:-1]) / 2).tolist(), (2 * height).tolist()
+        digits = fsq.quantize(z[:, None], [level], alpha, edges)[1]
+        frequency[name] = list(range(level)), (torch.bincount(digits[:, 0], minlength=level) * level / n).tolist()
+    evaluate.draw_curves(path, {"density of y, times 2": density, f"frequency of the {level} codes, times {level}": frequency},
+                         "y; code (1 is uniform)")
 
 
 def main():
@@ -299,11 +317,13 @@ def main():
     args = parser.parse_args()
     if set(args.questions) - set(QUESTIONS):
         parser.error(f"no such question: {' '.join(set(args.questions) - set(QUESTIONS))}; choose from {' '.join(QUESTIONS)}")
+    draw_bins(ROOT / "assets" / "findings" / "bins.png")
     shop = Workshop(args)
     for question in args.questions or QUESTIONS:
         runs = [run for curve in QUESTIONS[question].values() for runs in curve.values() for run in runs]
-        for run in sorted(runs, key=lambda run: run.seed) if not args.draw else ():
-            shop.make(run)
+        for wait in (False, True) if not args.draw else ():
+            for run in sorted(runs, key=lambda run: run.seed):
+                shop.make(run, wait)
         draw(shop, question)
 
 
