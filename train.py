@@ -158,7 +158,7 @@ def parse_args(argv=None):
           "depth is a good choice) with a teacher's view of the image (default: no alignment)")
     group("--repa-weight", type=float, metavar="W", help=f"weight of the alignment loss (default: {schedule('repa_weight')})")
     group("--repa-teacher", metavar="{auto,classifier,dinov2_vitb14,...,PATH}", help="classifier: a small network trained on "
-          "the labels first, in OUT/teacher; a DINOv2 by name (dinov2_vits14, vitb14, vitl14, vitg14, or with _reg), downloaded; "
+          "the labels first, in OUT/teacher; DINOv2 by name (dinov2_vits14, vitb14, vitl14, vitg14, or with _reg), downloaded; "
           f"a file of either (default: auto = DINOv2-B from {DINO_PX} px on, the classifier below)")
     group("--cache-teacher", action="store_true", help="keep the teacher's features beside the tokens, in 16 bits, instead of "
           "reading the images and running the teacher in every step")
@@ -801,15 +801,17 @@ def update_ema(ema, model, decay, step):
 class Log:
     """Means of named scalars since the last row, kept on the device (no synchronisation), and rows in a CSV file.
 
-    A run that goes on keeps the rows up to its step. path None: a process that only measures.
+    A run that goes on keeps the rows up to its step. path None: a process that only measures. `waited` adds up the seconds
+    that went by in waiting for images; the column `waiting` is their share: above 0.1 or so, raise --num-workers.
     """
 
     columns = ["step", "loss", "l1", "lpips", "bottleneck", "g_loss", "d_weight", "d_loss", "mse", "cosine", "alignment",
-               "accuracy", "grad_norm", "lr", "images_per_s", "val_accuracy", "val_l1", "val_psnr", "val_use",
+               "accuracy", "grad_norm", "lr", "images_per_s", "waiting", "val_accuracy", "val_l1", "val_psnr", "val_use",
                "val_entropy_bits", "val_bits_per_token", "val_loss"]
 
     def __init__(self, path, start, sums):
         self.path, self.sums = path, {name: (torch.tensor(total), count) for name, (total, count) in sums.items()}
+        self.waited = 0.0
         rows = list(csv.DictReader(path.open())) if path and path.exists() else []
         if rows:
             path.unlink()
@@ -890,9 +892,11 @@ def fit(args, processes, saved, parts, batches, turn, losses, validate, header):
             stop = processes.largest(interrupts.signal)
             if done % args.log_every == 0:
                 log.check(done)
-                rate = (done - clock_step) * args.batch_size / (time.perf_counter() - clock)
-                clock, clock_step = time.perf_counter(), done
-                row.update(log.means(), lr=parts["optimizer"].param_groups[0]["lr"], images_per_s=round(rate, 1))
+                seconds = time.perf_counter() - clock
+                rate = (done - clock_step) * args.batch_size / seconds
+                row.update(log.means(), lr=parts["optimizer"].param_groups[0]["lr"], images_per_s=round(rate, 1),
+                           waiting=round(log.waited / seconds, 3))
+                clock, clock_step, log.waited = time.perf_counter(), done, 0.0
                 bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", img_s=f"{rate:.0f}")
             saving = done % args.save_every == 0 or done == args.steps
             if done % args.eval_every == 0 or saving:
@@ -900,7 +904,7 @@ def fit(args, processes, saved, parts, batches, turn, losses, validate, header):
                 row.update(columns)
                 if rank == 0:
                     bar.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
-                clock, clock_step = time.perf_counter(), done
+                clock, clock_step, log.waited = time.perf_counter(), done, 0.0
             if row:
                 log.write({"step": done, **row})
             if saving or stop:
@@ -932,8 +936,11 @@ def take_step(args, processes, net, optimizer, scaler, batches, losses, step, lo
         if hasattr(net, "set_requires_gradient_sync"):
             net.set_requires_gradient_sync(last)
         with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+            begin = time.perf_counter()
+            batch = next(batches)
+            log.waited += time.perf_counter() - begin
             with processes.autocast():
-                loss, values = losses(next(batches), step)
+                loss, values = losses(batch, step)
             scaler.scale(loss / args.grad_accum).backward()
         log.add(values)
     scaler.unscale_(optimizer)

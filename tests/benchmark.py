@@ -29,6 +29,7 @@ import train  # noqa: E402
 from tokenizer import Tokenizer, reconstruction_loss  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NANO = dict(hidden=32, multipliers=[1, 2, 2, 4], num_res_blocks=1, num_groups=8)  # the tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -112,7 +113,7 @@ def quantizer(limits, args):
 
 
 def tokenizer(limits, args):
-    shapes = {"nano, 32 px, batch 16": ((16, 32), dict(hidden=32, multipliers=[1, 2, 2, 4], num_res_blocks=1, num_groups=8)),
+    shapes = {"nano, 32 px, batch 16": ((16, 32), NANO),
               "paper, 64 px, batch 4": ((4, 64), dict(hidden=128, multipliers=[1, 1, 2, 4, 4], num_res_blocks=2))}
     for name, ((batch, side), sizes) in shapes.items():
         model = Tokenizer(**sizes).to(DEVICE, memory_format=torch.channels_last)
@@ -180,10 +181,12 @@ def training(limits, args):
             limit = limits.flops(dtype) / model.flops_per_image()
             row(f"{type(model).__name__}-{size} step, {batch} x 256 tokens, {dtype}", f"{256 * rate:.0f} tokens/s",
                 f"{256 * limit:.0f}", f"MFU {rate / limit:.2f}")
-    if args.compile:
-        model = make_llamagen("S", 16)
-        step = training_step(torch.compile(model), 4, "fp32")
-        row("LlamaGen-S step, fp32, compiled", f"{4 * 256 / best(step):.0f} tokens/s")
+    for make in (make_llamagen, make_dit) if args.compile else ():
+        model = make("S", 16)
+        rate = 4 / best(training_step(torch.compile(model), 4, "fp32"), repeats=2)
+        recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        row(f"{type(model).__name__}-S step, 4 x 256 tokens, fp32, compiled", f"{256 * rate:.0f} tokens/s",
+            f"{256 * limits.flops('fp32') / model.flops_per_image():.0f}", f"{recompiled} graphs compiled so far")
 
 
 def sampling(limits, args):
@@ -243,12 +246,21 @@ def data(limits, args):
         megapixels = np.mean([np.prod(images.source[i][0].size) for i in range(count)]) / 1e6
         rate = count / best(lambda: [images[i] for i in range(count)], 1)
         row(f"decode and crop to 256 px, {megapixels:.2f} megapixels each", f"{rate:.0f} images/s a core")
+    model = Tokenizer(**NANO).to(DEVICE, memory_format=torch.channels_last).eval()
+    x = torch.rand(64, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        encoding = best(lambda: model.encode(x))
+    step = best(training_step(make_llamagen("nano", 4), 64, "fp32"))
+    row("filling the token cache, 32 px, nano", f"{64 / encoding:.0f} images/s")
+    row("LlamaGen-nano step of 64 x 16 tokens, from the cache", f"{64 / step:.0f} images/s", "",
+        f"encoding in each step {64 / (step + encoding):.0f}")
     images = train.open_images("shapes", "train", [32, 32])
     row("drawing a built-in image of 32 px", f"{100 / best(lambda: [images[i] for i in range(100)], 1):.0f} images/s a core")
 
 
 def growth(limits, args):
-    print("\n| tokens | LlamaGen-S step, tokens/s | DiT-S step, tokens/s | LlamaGen-S sampling, batch 8, tokens/s |\n|---|---|---|---|")
+    print("\n| tokens | LlamaGen-S step, tokens/s | DiT-S step, tokens/s | LlamaGen-S sampling, batch 8, tokens/s |",
+          "\n|---|---|---|---|")
     for side in 8, 16, 32:
         tokens, batch = side * side, max(1, 1024 // (side * side))
         rates = [batch * tokens / best(training_step(make("S", side), batch, "fp32"), 1) for make in (make_llamagen, make_dit)]
@@ -276,7 +288,8 @@ if __name__ == "__main__":
     if unknown:
         parser.error(f"no such section: {', '.join(unknown)}; choose from {' '.join(SECTIONS)}")
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n\n| what | measured | limit | |\n|---|---|---|---|")
+    print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n")
+    print("| what | measured | limit | |\n|---|---|---|---|")
     limits = Machine()
     for name in args.sections or SECTIONS:
         SECTIONS[name](limits, args)
