@@ -219,7 +219,8 @@ class Workshop:
         if self.second and run.model != "tokenizer":
             output = subprocess.run([sys.executable, self.second, self.reference()[0], out / f"{evaluate.report_name(path)}.npz"],
                                     check=True, capture_output=True, text=True).stdout
-            results["second_opinion"] = {name: value for name, value in json.loads(output).items() if isinstance(value, float)}
+            results["second_opinion"] = {name: value for name, value in json.loads(output.splitlines()[-1]).items()
+                                         if isinstance(value, float)}
         log = [{name: float(value) for name, value in row.items() if value}
                for row in csv.DictReader((out / "log.csv").open()) if row["val_psnr"] or row["val_loss"] or row["val_bits_per_token"]]
         local = {"out", "resume", "cache_dir", "pretrained", "tokenizer", "repa_teacher", "num_workers", "device", "init_from"}
