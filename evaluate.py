@@ -256,7 +256,10 @@ class Inception(nn.Module):
         pool (B,2048); spatial (B,2023), ADM's features of sFID, the first 7 channels of a branch of Mixed_6d, (17,17,7)
         flattened; logits (B,1008) without the bias, as ADM and torch-fidelity use them for the Inception Score.
         """
-        images, device = [images] if torch.is_tensor(images) else [image[None] for image in images], self.fc.weight.device
+        device = self.fc.weight.device
+        if device.type == "cpu" and len(images) > 8:  # with 64 at a time every layer waits for new memory: 4.3 images/s, not 5.0
+            return tuple(torch.cat(parts) for parts in zip(*(self(images[i:i + 8]) for i in range(0, len(images), 8))))
+        images = [images] if torch.is_tensor(images) else [image[None] for image in images]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would move the numbers in the third digit
             x = torch.cat([prepare(part.to(device), self.preprocessing) for part in images])
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))           # (B, 64, 147, 147)
