@@ -134,7 +134,6 @@ class Workshop:
         name = Path(args.data).name
         self.out, self.reports = args.out / name, ROOT / "assets" / "findings" / name
         self.out.mkdir(parents=True, exist_ok=True)
-        self.reports.mkdir(parents=True, exist_ok=True)
 
     def call(self, log, *command):
         """Run a command of this repository; its output goes to LOG."""
@@ -177,19 +176,21 @@ class Workshop:
         out = self.out / run.name()
         path = out / "ckpt.pt"
         done = train.load_checkpoint(path)["step"] if path.exists() else 0
-        if done >= step:
-            return path
-        flags = ["--model", run.model, "--data", self.data, "--seed", run.seed, "--out", out, "--steps", step]
-        if run.model == "tokenizer":
-            flags += [*PIXELS, *run.flags]
-        else:  # a constant learning rate, so that a run can go on to the next step that it is measured at
-            levels, rest = (run.flags[:5], run.flags[5:]) if "--levels" in run.flags else ((), run.flags)
-            flags += ["--tokenizer", self.checkpoint(Run("tokenizer", levels)), "--cooldown", 0, "--eval-every", 100,
-                      "--cache-dir", self.out / "cache", *rest]
-            if "--repa-layer" in rest:
-                flags += ["--repa-teacher", self.teacher(), "--cache-teacher"]
-        self.call(out / "commands.log", ROOT / "train.py", *flags, *(["--resume"] if done else []))
+        if done < step:
+            flags = [*self.flags(run, out), "--steps", step, *(["--resume"] if done else [])]
+            self.call(out / "commands.log", ROOT / "train.py", *flags)
         return path
+
+    def flags(self, run, out):
+        """The flags of train.py for `run`, without the number of steps; what it stands on is trained if it is missing."""
+        flags = ["--model", run.model, "--data", self.data, "--seed", run.seed, "--out", out]
+        if run.model == "tokenizer":
+            return [*flags, *PIXELS, *run.flags]
+        levels, rest = (run.flags[:5], run.flags[5:]) if "--levels" in run.flags else ((), run.flags)
+        teacher = ["--repa-teacher", self.teacher(), "--cache-teacher"] if "--repa-layer" in rest else []
+        # a constant learning rate, so that a run can go on to the next step that it is measured at
+        return [*flags, "--tokenizer", self.checkpoint(Run("tokenizer", levels)), "--cooldown", 0, "--eval-every", 100,
+                "--cache-dir", self.out / "cache", *rest, *teacher]
 
     def teacher(self):
         """The path of the classifier that all runs are aligned with: a run of one step trains it."""
@@ -228,6 +229,7 @@ class Workshop:
         kept = {"run": run.name(), "step": found["step"], "training": settings, "sampling": found.get("sampling"),
                 "torch": found["torch"], "results": {name: results[name] for name in results if name not in ("reference", "compared")},
                 "log": log}
+        self.reports.mkdir(parents=True, exist_ok=True)
         (self.reports / f"{run.name(step)}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
     def reference(self):
