@@ -263,9 +263,11 @@ def values_of(shop, question, metric):
     if question == "repa" and metric in LOSSES:  # which the log knows at more steps
         column = {"LlamaGen: bits a token": "val_bits_per_token", "DiT: squared error": "val_loss"}[metric]
         for name in found:
-            found[name], reports = {}, [shop.report(run) for run in QUESTIONS[question][name][0]]
-            for row in (row for report in reports if report for row in report["log"]):
-                found[name].setdefault(int(row["step"]), []).append(row[column])
+            found[name] = {}
+            for run in QUESTIONS[question][name][0]:
+                last = [report for report in (shop.report(run, step) for step in shop.steps(run)) if report][-1:]
+                for row in (row for report in last for row in report["log"]):
+                    found[name].setdefault(int(row["step"]), []).append(row[column])
     return found
 
 
