@@ -4,7 +4,7 @@
     python tests/findings.py --draw                   # only pictures and tables, from the reports that are there
     python tests/findings.py alpha --data shapes      # on the built-in drawings, without a download
 
-Questions: bottlenecks bits alpha edges models repa-layer repa-weight. All at 16 px, 4x down: 16 tokens an image, models of size
+Questions: repa models alpha edges bottlenecks bits repa-layer repa-weight. All at 16 px, 4x down: 16 tokens an image, models of size
 nano. What has its report in assets/findings is not run again, an interrupted run goes on from its last checkpoint, and several
 of these commands may work on one folder at the same time. Every step is a command of train.py or evaluate.py; its flags are
 in the report. Distances are between samples and as many validation images, in random Inception features, and, with
@@ -76,9 +76,12 @@ USUAL = {"llamagen": 2, "dit": 0.5}  # the weights of train.py
 MIDDLE = {"erf": 1.702}              # where on the axis of alpha: the slope of the nearest sigmoid
 layer = lambda k, *more: ["--repa-layer", k, *more]
 CURVES = 300, 600
+ALONG = {"repa": lambda report: report["step"],  # questions about the way: x is read off each report
+         "models": lambda report: round(report["results"]["train_flops"] / 1e12, 1)}
 QUESTIONS = {
     "repa": {f"{name}{', aligned' * bool(flags)}": generators(model, {0: flags}, (0, 1, 2), CURVES)
-             for model, name in MODELS.items() for flags in ((), layer(4))},  # x is the step: see `curves_of`
+             for model, name in MODELS.items() for flags in ((), layer(4))},
+    "models": {name: generators(model, {0: ()}, (0, 1), (*CURVES, 1200)) for model, name in MODELS.items()},
     "alpha": {"half bins at the ends": tokenizers({alpha: [] if alpha == 1.6 else ["--alpha", alpha]
                                                    for alpha in (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, "erf")})},
     "edges": {"half bins at the ends": tokenizers(levels((3, 5, 9, 17))),
@@ -114,6 +117,7 @@ LOSSES = ["LlamaGen: bits a token", "DiT: squared error"]
 DISTANCES = [f"random-FID@{SAMPLES}", "semantic FD"]
 PICTURES = {  # question: (label of the x axis, metrics)
     "repa": ("step", [*LOSSES, *DISTANCES]),
+    "models": ("training, TFLOP", DISTANCES),
     "alpha": ("alpha", ["PSNR, dB", "entropy / log2 of the codes", "KS distance to uniform", "std of the latents"]),
     "edges": ("log2 L", ["PSNR, dB", "entropy of a channel / log2 L", "entropy / log2 of the codes"]),
     "bottlenecks": ("", ["PSNR, dB", "SSIM", f"random-rFID@{SAMPLES}", "entropy / log2 of the codes", "bits a pixel"]),
@@ -255,11 +259,12 @@ def values_of(shop, question, metric):
     for name, points in QUESTIONS[question].items():
         for x, runs in points.items():
             for run in runs:
-                for step in shop.steps(run) if question == "repa" else shop.steps(run)[-1:]:
+                for step in shop.steps(run) if question in ALONG else shop.steps(run)[-1:]:
                     report = shop.report(run, step)
                     with contextlib.suppress(KeyError, TypeError):  # None: no report, or no codes
                         value = METRICS[metric][0](report)
-                        found.setdefault(name, {}).setdefault(step if question == "repa" else x, []).append(value)
+                        place = ALONG[question](report) if question in ALONG else x
+                        found.setdefault(name, {}).setdefault(place, []).append(value)
     if question == "repa" and metric in LOSSES:  # which the log knows at more steps
         column = {"LlamaGen: bits a token": "val_bits_per_token", "DiT: squared error": "val_loss"}[metric]
         for name in found:
