@@ -257,7 +257,7 @@ class Inception(nn.Module):
         flattened; logits (B,1008) without the bias, as ADM and torch-fidelity use them for the Inception Score.
         """
         device = self.fc.weight.device
-        if device.type == "cpu" and len(images) > 8:  # with 64 at a time every layer waits for new memory: 4.3 images/s, not 5.0
+        if device.type == "cpu" and len(images) > 8:  # with 64 at once every layer waits for new memory: 4.3 images/s, not 5.0
             return tuple(torch.cat(parts) for parts in zip(*(self(images[i:i + 8]) for i in range(0, len(images), 8))))
         images = [images] if torch.is_tensor(images) else [image[None] for image in images]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would move the numbers in the third digit
@@ -711,36 +711,42 @@ def describe(path, checkpoint, args, processes, results, **settings):
             "torch": torch.__version__, "results": results}
 
 
-def sampling_settings(args, kind):
-    """The settings of `train.sample_pictures`: the paper's, replaced by the flags that were given."""
-    settings = {**sampling_defaults(kind), **({"guide_channels": None} if kind == "dit" else {})}
+def sampling_settings(args, kind, kinds):
+    """The settings of `train.sample_pictures` for a LlamaGen or a DiT: the paper's, replaced by the flags that were given.
+
+    Raises UsageError for flags that suit none of `kinds`, those of all checkpoints; each takes what is for it.
+    """
+    known = {kind: {**sampling_defaults(kind), **({"guide_channels": None} if kind == "dit" else {})} for kind in kinds}
     given = {name: getattr(args, name)
              for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler", "sample_steps",
                           "timestep_shift", "guide_channels") if getattr(args, name) is not None}
-    foreign = [f"--{name.replace('_', '-')}" for name in given if name not in settings]
+    foreign = [f"--{name.replace('_', '-')}" for name in given if not any(name in settings for settings in known.values())]
+    if foreign:
+        raise UsageError(f"{', '.join(foreign)} does not apply to {kind} checkpoints: leave it out")
     for name, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--{name.replace('_', '-')} must be finite, not {value}")
-    if foreign:
-        raise UsageError(f"{', '.join(foreign)} does not apply to {kind} checkpoints: leave it out")
     if "cfg_interval" in given:
-        wanted = {"dit": 2, "llamagen": 1}[kind]
-        if len(given["cfg_interval"]) != wanted:
-            raise UsageError(f"--cfg-interval takes {wanted} value{'s' * (wanted > 1)} for {kind}, not {given['cfg_interval']}")
-        given["cfg_interval"] = tuple(given["cfg_interval"]) if kind == "dit" else int(given["cfg_interval"][0])
-    return {**settings, **given}
+        wanted = {"dit": 2, "llamagen": 1}
+        if len(given["cfg_interval"]) not in [wanted[kind] for kind in kinds]:
+            raise UsageError(f"--cfg-interval takes {wanted[kind]} value{'s' * (wanted[kind] > 1)} for {kind}, "
+                             f"not {given['cfg_interval']}")
+        interval = given.pop("cfg_interval")
+        if len(interval) == wanted[kind]:
+            given["cfg_interval"] = tuple(interval) if kind == "dit" else int(interval[0])
+    return {**known[kind], **{name: value for name, value in given.items() if name in known[kind]}}
 
 
 @torch.no_grad()
-def evaluate_generator(path, checkpoint, args, processes, network, references, teacher):
+def evaluate_generator(path, checkpoint, args, processes, network, references, teacher, kinds):
     """The report of one generator checkpoint, a dictionary; draws OUT/NAME.png, and keeps the samples if asked to.
 
     network: Inception or None. references: {(source, crop): statistics}, what several checkpoints share. teacher: what
-    `load_teacher` returned, for --probe, or None.
+    `load_teacher` returned, for --probe, or None. kinds: those of all generators to be evaluated.
     """
     device = processes.device
     trained, kind, classes = checkpoint["args"], checkpoint["kind"], checkpoint["classes"]
-    settings, size = sampling_settings(args, kind), trained["image_size"]
+    settings, size = sampling_settings(args, kind, kinds), trained["image_size"]
     stage = load_stage(checkpoint["tokenizer"], size, device)
     model = build_generator(trained, stage.tokenizer.levels, len(classes)).to(device).eval()
     load_weights(model, checkpoint[args.weights], path)
@@ -1015,11 +1021,12 @@ def evaluate(args):
             raise UsageError("--reference is for the samples of generators; a tokenizer is compared with its own images")
         (network, note), references = try_inception(args, processes), {}
         teacher = probe_teacher(args, checkpoints, processes) if args.probe else None
+        kinds = {checkpoint["kind"] for checkpoint in checkpoints.values()} - {"tokenizer"}
         args.out.mkdir(parents=True, exist_ok=True)
         for path, checkpoint in checkpoints.items():
             reports[report_name(path)] = (
                 evaluate_tokenizer(path, checkpoint, args, processes, network) if checkpoint["kind"] == "tokenizer"
-                else evaluate_generator(path, checkpoint, args, processes, network, references, teacher))
+                else evaluate_generator(path, checkpoint, args, processes, network, references, teacher, kinds))
     if processes.rank > 0:
         return
     for name, report in reports.items():

@@ -284,6 +284,16 @@ def test_mistakes_in_training_end_in_one_line(tokenizers, generators, tmp_path, 
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
 
 
+def test_flags_of_sampling_go_to_the_generators_they_suit(generators, tmp_path):
+    evaluate.main([*(str(generators / kind / "ckpt.pt") for kind in ("llamagen", "dit")), "--device", "cpu", "--num-samples", "2",
+                   "--metrics", "psnr", "--sample-steps", "3", "--top-k", "5", "--cfg-interval", "0", "0.5", "--cfg-scale", "2",
+                   "--out", str(tmp_path)])
+    used = {kind: json.loads((tmp_path / f"{kind}-ckpt.json").read_text())["sampling"] for kind in ("llamagen", "dit")}
+    assert used["llamagen"]["top_k"] == 5 and used["llamagen"]["cfg_interval"] == -1 and "sample_steps" not in used["llamagen"]
+    assert used["dit"]["sample_steps"] == 3 and used["dit"]["cfg_interval"] == [0.0, 0.5] and "top_k" not in used["dit"]
+    assert used["dit"]["cfg_scale"] == used["llamagen"]["cfg_scale"] == 2
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--sample-steps", "5"], "--sample-steps does not apply to llamagen"),
     (["--cfg-interval", "0", "1"], "takes 1 value for llamagen"),
