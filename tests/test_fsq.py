@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from fsq import FSQ, CodeUsage, analyse, bound, quantize
+from fsq import EDGES, FSQ, CodeUsage, analyse, bound, quantize
 
 GOLDEN = {  # case -> how our FSQ says the same
     "fsq_sig16_17x4": dict(alpha=1.6),
@@ -179,3 +179,13 @@ def test_analysis_gives_the_figures_of_the_docstring():
 def test_script_prints_the_table():
     out = subprocess.run([sys.executable, "fsq.py"], capture_output=True, text=True, check=True).stdout
     assert len([line for line in out.splitlines() if " half " in line or " full " in line]) == 5 * 2 * 4
+
+
+@pytest.mark.parametrize("edges", EDGES)
+@pytest.mark.parametrize("level", [2, 5, 8, 17])
+def test_one_number_for_all_channels_is_the_same_as_one_each(level, edges):
+    z = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) * 2
+    for alpha in (1.6, 2.0, "erf"):
+        for one, each in zip(quantize(z, level, alpha, edges), quantize(z, [level] * 3, alpha, edges)):
+            assert torch.equal(one, each)
+    assert FSQ([level] * 3).common == level and FSQ([level, level + 1]).common is None
