@@ -188,4 +188,4 @@ def test_one_number_for_all_channels_is_the_same_as_one_each(level, edges):
     for alpha in (1.6, 2.0, "erf"):
         for one, each in zip(quantize(z, level, alpha, edges), quantize(z, [level] * 3, alpha, edges)):
             assert torch.equal(one, each)
-    assert FSQ([level] * 3).common == level and FSQ([level, level + 1]).common is None
+    assert FSQ([level] * 3).uniform and not FSQ([level, level + 1]).uniform
