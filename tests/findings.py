@@ -33,9 +33,10 @@ import train  # noqa: E402
 SAMPLES = 300
 PIXELS = "--image-size", 16, "--downsample", 4
 STEPS = {"tokenizer": (1000,), "llamagen": (600,), "dit": (600,)}
+BASE = 4000  # steps of the tokenizers that generators stand on: after 1,000, their blur is most of any distance
 SETTINGS = {"tokenizer": ["--metrics", "psnr", "ssim", "codes"],
-            "llamagen": ["--metrics", "fid", "kid", "--cfg-scale", 2],
-            "dit": ["--metrics", "fid", "kid", "--cfg-scale", 2, "--sample-steps", 25]}
+            "llamagen": ["--metrics", "fid", "kid", "--cfg-scale", 1],
+            "dit": ["--metrics", "fid", "kid", "--cfg-scale", 1, "--sample-steps", 25]}
 
 
 class Run(NamedTuple):
@@ -48,16 +49,17 @@ class Run(NamedTuple):
 
     def name(self, step=None):
         flags = "".join(str(flag).replace("--", "-") if str(flag).startswith("--") else f"={flag}" for flag in self.flags)
-        return f"{self.model}{flags}-seed={self.seed}" + (f"-step={step}" if step else "")
+        longer = f"-steps={BASE}" * (self.model == "tokenizer" and self.steps is not None)  # another schedule, another run
+        return f"{self.model}{flags}{longer}-seed={self.seed}" + (f"-step={step}" if step else "")
 
 
 # ------------------------------------------------------------------------------------------------ the questions
 # Each is {picture: {curve: {x: [its runs, one for each seed]}}}.
 
 
-def tokenizers(variants, seeds=(0, 1), rfid=False):
+def tokenizers(variants, seeds=(0, 1), steps=None, rfid=False):
     """{x: flags} -> {x: [Run, ...]}."""
-    return {x: [Run("tokenizer", tuple(flags), seed, rfid=rfid) for seed in seeds] for x, flags in variants.items()}
+    return {x: [Run("tokenizer", tuple(flags), seed, steps, rfid) for seed in seeds] for x, flags in variants.items()}
 
 
 def generators(model, variants, seeds=(0,), steps=None):
@@ -91,6 +93,7 @@ QUESTIONS = {
         "fsq, equal bins": ["--quantizer", "fsq", "--edges", "full"], "ifsq": [],
         "ifsq, equal bins": ["--edges", "full"]}.items()},
     "bits": {"tokenizer": tokenizers(levels(LEVELS)),
+             "tokenizer, 4 times as long": tokenizers(levels(LEVELS), (0,), steps=(BASE,)),
              "8 channels": tokenizers({round(math.log2(5), 2): ["--levels", *[5] * 8]}),
              **{name: generators(model, levels(LEVELS)) for model, name in MODELS.items()}},
     "repa-layer": {name: generators(model, {0: (), **{k: layer(k) for k in LAYERS}}) for model, name in MODELS.items()},
@@ -193,7 +196,7 @@ class Workshop:
         levels, rest = (run.flags[:5], run.flags[5:]) if "--levels" in run.flags else ((), run.flags)
         teacher = ["--repa-teacher", self.teacher(), "--cache-teacher"] if "--repa-layer" in rest else []
         # a constant learning rate, so that a run can go on to the next step that it is measured at
-        return [*flags, "--tokenizer", self.checkpoint(Run("tokenizer", levels)), "--cooldown", 0, "--eval-every", 100,
+        return [*flags, "--tokenizer", self.checkpoint(Run("tokenizer", levels, steps=(BASE,))), "--cooldown", 0, "--eval-every", 100,
                 "--cache-dir", self.out / "cache", *rest, *teacher]
 
     def teacher(self):
@@ -204,7 +207,7 @@ class Workshop:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (out / "ckpt.pt").exists():
                 self.call(out / "commands.log", ROOT / "train.py", "--model", "dit", "--data", self.data, "--steps", 1, "--out", out,
-                          "--tokenizer", self.checkpoint(Run("tokenizer")), "--repa-layer", 4, "--cache-dir", self.out / "cache")
+                          "--tokenizer", self.checkpoint(Run("tokenizer", steps=(BASE,))), "--repa-layer", 4, "--cache-dir", self.out / "cache")
         return out / "teacher" / "ckpt.pt"
 
     def measure(self, run, step, path):
@@ -277,30 +280,56 @@ def values_of(shop, question, metric):
 
 
 def draw(shop, question):
-    """assets/findings/DATA-QUESTION.png, and the same as a table on stdout: mean (smallest to largest) over the seeds."""
+    """The picture and the table of a question on shop's data."""
     xlabel, metrics = PICTURES[question]
     found = {metric: values_of(shop, question, metric) for metric in metrics}
-    found = {metric: curves for metric, curves in found.items() if curves}
+    show(f"{shop.reports.name}-{question}", xlabel, {metric: curves for metric, curves in found.items() if curves})
+
+
+def show(name, xlabel, found):
+    """assets/findings/NAME.png and the same as a table, mean (smallest to largest), in assets/findings.md.
+
+    found: {metric: {curve: {x: values, one for each seed}}}
+    """
     if not found:
-        return print(f"{question}: no reports yet")
-    kept = lambda curves: {name: ([MIDDLE.get(x, x) for x in points], list(points.values())) for name, points in curves.items()}
-    panels = {metric: kept(curves) for metric, curves in found.items()}
-    if question == "bottlenecks":
-        order = list(QUESTIONS[question])
-        panels = {metric: {name: ([order.index(name)], y) for name, (_, y) in curves.items()} for metric, curves in panels.items()}
-    picture = f"{shop.reports.name}-{question}.png"
-    evaluate.draw_curves(ROOT / "assets" / "findings" / picture, panels, xlabel)
-    rows = list(dict.fromkeys((name, x) for curves in found.values() for name, points in curves.items() for x in points))
-    lines = [f"![{question}](findings/{picture})", "", f"| | {xlabel or ' '} | {' | '.join(found)} |", f"|{'---|' * (len(found) + 2)}"]
-    for name, x in rows:
-        cells = [(found[metric].get(name, {}).get(x), METRICS[metric][1]) for metric in found]
+        return print(f"{name}: no reports yet")
+    xs = lambda points: [MIDDLE.get(x, x) for x in points]
+    panels = {metric: {curve: (xs(points), list(points.values())) for curve, points in curves.items()}
+              for metric, curves in found.items()}
+    if not xlabel:  # curves of one point each, side by side
+        order = list(dict.fromkeys(curve for curves in found.values() for curve in curves))
+        panels = {metric: {curve: ([order.index(curve)], y) for curve, (_, y) in curves.items()} for metric, curves in panels.items()}
+    evaluate.draw_curves(ROOT / "assets" / "findings" / f"{name}.png", panels, xlabel)
+    lines = [f"![{name}](findings/{name}.png)", "", "<details><summary>the numbers</summary>", "", f"| | {xlabel or ' '} | {' | '.join(found)} |", f"|{'---|' * (len(found) + 2)}"]
+    for curve, x in dict.fromkeys((curve, x) for curves in found.values() for curve, points in curves.items() for x in points):
+        cells = [(found[metric].get(curve, {}).get(x), METRICS[metric][1]) for metric in found]
         text = ["" if v is None else f"{mean(v):.{n}f}" + f" ({min(v):.{n}f} to {max(v):.{n}f})" * (len(v) > 1) for v, n in cells]
-        lines.append(f"| {name} | {x} | {' | '.join(text)} |")
-    print(f"\n{question}", *lines, sep="\n")
-    page, begin, end = ROOT / "assets" / "findings.md", f"<!-- {picture} -->\n", "\n<!-- end -->"
-    before, found, after = page.read_text().partition(begin)
-    if found:  # the page shows what the reports say
-        page.write_text(before + begin + "\n".join(lines) + end + after.partition(end)[2])
+        lines.append(f"| {curve} | {x if xlabel else ' '} | {' | '.join(text)} |")
+    print(f"\n{name}", *lines[4:], sep="\n")
+    lines += ["", "</details>"]
+    page, begin, end = ROOT / "assets" / "findings.md", f"<!-- {name}.png -->\n", "\n<!-- end -->"
+    before, mark, after = page.read_text().partition(begin)
+    if mark:  # the page shows what the reports say
+        page.write_text(before + begin + "\n".join(lines) + end + after.partition(end.strip())[2])
+
+
+def draw_logs():
+    """The validation losses of the longer runs whose logs are in assets/runs."""
+    for data in "shapes", "cifar":
+        found = {metric: logged(data, column, model) for metric, column, model in (
+            (LOSSES[0], "val_bits_per_token", "llamagen"), (LOSSES[1], "val_loss", "dit"))}
+        show(f"{data}-losses", "step", found)
+
+
+def logged(data, column, model):
+    """{curve: {step: values, one for each seed}} of the logs in assets/runs, named DATA-STEPS-MODEL-LAYER-SEED.csv, layer 0: none."""
+    found = {}
+    for path in sorted((ROOT / "assets" / "runs").glob(f"{data}-*-{model}-*.csv")):
+        curve = f"{MODELS[model]}{', aligned' * (path.stem.split('-')[3] != '0')}"
+        for row in csv.DictReader(path.open()):
+            if row[column]:
+                found.setdefault(curve, {}).setdefault(int(row["step"]), []).append(float(row[column]))
+    return found
 
 
 def draw_bins(path, level=9, n=1 << 19):
@@ -328,6 +357,7 @@ def main():
     if set(args.questions) - set(QUESTIONS):
         parser.error(f"no such question: {' '.join(set(args.questions) - set(QUESTIONS))}; choose from {' '.join(QUESTIONS)}")
     draw_bins(ROOT / "assets" / "findings" / "bins.png")
+    draw_logs()
     shop = Workshop(args)
     for question in args.questions or QUESTIONS:
         runs = [run for curve in QUESTIONS[question].values() for runs in curve.values() for run in runs]
