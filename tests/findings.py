@@ -4,8 +4,8 @@
     python tests/findings.py --draw                   # only pictures and tables, from the reports that are there
     python tests/findings.py alpha --data shapes      # on the built-in drawings, without a download
 
-Questions: repa models alpha edges bottlenecks bits repa-layer repa-weight. All at 16 px, 4x down: 16 tokens an image, models of size
-nano. What has its report in assets/findings is not run again, an interrupted run goes on from its last checkpoint, and several
+Questions: repa models alpha edges bottlenecks bits repa-layer repa-weight. All at 16 px, 4x down: 16 tokens an image, models of
+size nano. What has its report in assets/findings is not run again, an interrupted run goes on from its last checkpoint, and several
 of these commands may work on one folder at the same time. Every step is a command of train.py or evaluate.py; its flags are
 in the report. Distances are between samples and as many validation images, in random Inception features, and, with
 --second-opinion SCRIPT (called as SCRIPT REFERENCE.npz SAMPLES.npz, printing JSON), in those of another network.
@@ -105,7 +105,8 @@ METRICS = {  # title: (what it is of a report, digits in a table)
     "PSNR, dB": (lambda r: r["results"]["psnr"], 2),
     "SSIM": (lambda r: r["results"]["ssim"], 4),
     "bits a pixel": (lambda r: r["results"]["bits_per_pixel"], 2),
-    "entropy / log2 of the codes": (lambda r: r["results"]["codes"]["entropy_bits"] / r["results"]["codes"]["bits_per_token"], 4),
+    "entropy / log2 of the codes": (
+        lambda r: r["results"]["codes"]["entropy_bits"] / r["results"]["codes"]["bits_per_token"], 4),
     "entropy of a channel / log2 L": (lambda r: mean([c["entropy_bits"] / math.log2(n) for c, n in zip(
         r["results"]["codes"]["channels"], r["training"]["levels"])]), 4),
     "std of the latents": (lambda r: mean(r["results"]["latents"]["std"]), 3),
@@ -196,8 +197,8 @@ class Workshop:
         levels, rest = (run.flags[:5], run.flags[5:]) if "--levels" in run.flags else ((), run.flags)
         teacher = ["--repa-teacher", self.teacher(), "--cache-teacher"] if "--repa-layer" in rest else []
         # a constant learning rate, so that a run can go on to the next step that it is measured at
-        return [*flags, "--tokenizer", self.checkpoint(Run("tokenizer", levels, steps=(BASE,))), "--cooldown", 0, "--eval-every", 100,
-                "--cache-dir", self.out / "cache", *rest, *teacher]
+        return [*flags, "--tokenizer", self.checkpoint(Run("tokenizer", levels, steps=(BASE,))), "--cooldown", 0,
+                "--eval-every", 100, "--cache-dir", self.out / "cache", *rest, *teacher]
 
     def teacher(self):
         """The path of the classifier that all runs are aligned with: a run of one step trains it."""
@@ -206,8 +207,9 @@ class Workshop:
         with open(out / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (out / "ckpt.pt").exists():
-                self.call(out / "commands.log", ROOT / "train.py", "--model", "dit", "--data", self.data, "--steps", 1, "--out", out,
-                          "--tokenizer", self.checkpoint(Run("tokenizer", steps=(BASE,))), "--repa-layer", 4, "--cache-dir", self.out / "cache")
+                self.call(out / "commands.log", ROOT / "train.py", "--model", "dit", "--data", self.data, "--steps", 1,
+                          "--tokenizer", self.checkpoint(Run("tokenizer", steps=(BASE,))), "--repa-layer", 4,
+                          "--cache-dir", self.out / "cache", "--out", out)
         return out / "teacher" / "ckpt.pt"
 
     def measure(self, run, step, path):
@@ -218,24 +220,24 @@ class Workshop:
         if run.model != "tokenizer":
             flags += ["--num-samples", SAMPLES, "--save-npz", "--reference", self.reference()[1]]
         self.call(out / "commands.log", ROOT / "evaluate.py", path, *flags, "--inception", "random", "--out", out)
-        found = json.loads((out / f"{evaluate.report_name(path)}.json").read_text())
+        name = evaluate.report_name(path)
+        found = json.loads((out / f"{name}.json").read_text())
         if found["step"] != step:
             sys.exit(f"findings.py: {path} is already past step {step}, which has no report: remove its folder")
-        results, settings = found["results"], found["training"]
+        results = {key: value for key, value in found["results"].items() if key not in ("reference", "compared")}
         for channel in results["codes"]["channels"] if results.get("codes") else []:
             del channel["histogram"]
         if self.second and run.model != "tokenizer":
-            output = subprocess.run([sys.executable, self.second, self.reference()[0], out / f"{evaluate.report_name(path)}.npz"],
-                                    check=True, capture_output=True, text=True).stdout
-            results["second_opinion"] = {name: value for name, value in json.loads(output.splitlines()[-1]).items()
-                                         if isinstance(value, float)}
-        log = [{name: float(value) for name, value in row.items() if value}
-               for row in csv.DictReader((out / "log.csv").open()) if row["val_psnr"] or row["val_loss"] or row["val_bits_per_token"]]
+            command = [sys.executable, self.second, self.reference()[0], out / f"{name}.npz"]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            results["second_opinion"] = {key: value for key, value in json.loads(answer).items() if isinstance(value, float)}
+        validated = lambda row: row["val_psnr"] or row["val_loss"] or row["val_bits_per_token"]
+        log = [{key: float(value) for key, value in row.items() if value}
+               for row in csv.DictReader((out / "log.csv").open()) if validated(row)]
         local = {"out", "resume", "cache_dir", "pretrained", "tokenizer", "repa_teacher", "num_workers", "device", "init_from"}
-        settings = {**{name: value for name, value in settings.items() if name not in local}, "data": Path(self.data).name}
-        kept = {"run": run.name(), "step": found["step"], "training": settings, "sampling": found.get("sampling"),
-                "torch": found["torch"], "results": {name: results[name] for name in results if name not in ("reference", "compared")},
-                "log": log}
+        training = {key: value for key, value in found["training"].items() if key not in local}
+        kept = {"run": run.name(), "step": step, "training": {**training, "data": Path(self.data).name},
+                "sampling": found.get("sampling"), "torch": found["torch"], "results": results, "log": log}
         self.reports.mkdir(parents=True, exist_ok=True)
         (self.reports / f"{run.name(step)}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -248,8 +250,8 @@ class Workshop:
                 source = train.open_images(self.data, "val", [PIXELS[1]] * 2)
                 chosen = np.linspace(0, len(source) - 1, SAMPLES).round().astype(int)
                 np.savez(images, np.stack([source[i][0].permute(1, 2, 0).numpy() for i in chosen]))
-                self.call(self.out / "commands.log", ROOT / "evaluate.py", images, "--save-reference", statistics, "--inception",
-                          "random", "--out", self.out / "eval")
+                self.call(self.out / "commands.log", ROOT / "evaluate.py", images, "--save-reference", statistics,
+                          "--inception", "random", "--out", self.out / "eval")
         return images, statistics
 
 
@@ -298,15 +300,17 @@ def show(name, xlabel, found):
               for metric, curves in found.items()}
     if not xlabel:  # curves of one point each, side by side
         order = list(dict.fromkeys(curve for curves in found.values() for curve in curves))
-        panels = {metric: {curve: ([order.index(curve)], y) for curve, (_, y) in curves.items()} for metric, curves in panels.items()}
+        panels = {metric: {curve: ([order.index(curve)], y) for curve, (_, y) in curves.items()}
+                  for metric, curves in panels.items()}
     evaluate.draw_curves(ROOT / "assets" / "findings" / f"{name}.png", panels, xlabel)
-    lines = [f"![{name}](findings/{name}.png)", "", "<details><summary>the numbers</summary>", "", f"| | {xlabel or ' '} | {' | '.join(found)} |", f"|{'---|' * (len(found) + 2)}"]
+    table = [f"| | {xlabel or ' '} | {' | '.join(found)} |", f"|{'---|' * (len(found) + 2)}"]
     for curve, x in dict.fromkeys((curve, x) for curves in found.values() for curve, points in curves.items() for x in points):
         cells = [(found[metric].get(curve, {}).get(x), METRICS[metric][1]) for metric in found]
-        text = ["" if v is None else f"{mean(v):.{n}f}" + f" ({min(v):.{n}f} to {max(v):.{n}f})" * (len(v) > 1) for v, n in cells]
-        lines.append(f"| {curve} | {x if xlabel else ' '} | {' | '.join(text)} |")
-    print(f"\n{name}", *lines[4:], sep="\n")
-    lines += ["", "</details>"]
+        text = ["" if v is None else f"{mean(v):.{n}f}" + f" ({min(v):.{n}f} to {max(v):.{n}f})" * (len(v) > 1)
+                for v, n in cells]
+        table.append(f"| {curve} | {x if xlabel else ' '} | {' | '.join(text)} |")
+    print(f"\n{name}", *table, sep="\n")
+    lines = [f"![{name}](findings/{name}.png)", "", "<details><summary>the numbers</summary>", "", *table, "", "</details>"]
     page, begin, end = ROOT / "assets" / "findings.md", f"<!-- {name}.png -->\n", "\n<!-- end -->"
     before, mark, after = page.read_text().partition(begin)
     if mark:  # the page shows what the reports say
@@ -322,7 +326,7 @@ def draw_logs():
 
 
 def logged(data, column, model):
-    """{curve: {step: values, one for each seed}} of the logs in assets/runs, named DATA-STEPS-MODEL-LAYER-SEED.csv, layer 0: none."""
+    """{curve: {step: values, one for each seed}} of the logs assets/runs/DATA-STEPS-MODEL-LAYER-SEED.csv; layer 0 is none."""
     found = {}
     for path in sorted((ROOT / "assets" / "runs").glob(f"{data}-*-{model}-*.csv")):
         curve = f"{MODELS[model]}{', aligned' * (path.stem.split('-')[3] != '0')}"
@@ -350,7 +354,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="*", metavar="QUESTION")
     parser.add_argument("--data", default="cifar10", help="as for train.py (default: cifar10)")
-    parser.add_argument("--out", type=Path, default=Path("out/findings"), help="folder of the trainings (default: out/findings)")
+    parser.add_argument("--out", type=Path, default=Path("out/findings"), help="of the trainings (default: out/findings)")
     parser.add_argument("--second-opinion", metavar="SCRIPT")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     args = parser.parse_args()
