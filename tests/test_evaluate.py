@@ -53,11 +53,23 @@ def test_report_and_table(checkpoints, tmp_path, capsys):
     assert r["bits_per_pixel"] == pytest.approx(4 * 4.087463 / 4)
     assert r["compression"] == pytest.approx(24 / r["bits_per_pixel"])
     assert r["codes"]["tokens"] == 20 * 12 * 12 and len(r["codes"]["channels"]) == 4
-    assert ae["results"]["codes"] is None
+    assert ae["results"]["codes"] is None and ae["results"]["latents"] is None
+    assert all(0 < ks < 1 for ks in r["latents"]["ks"]) and len(r["latents"]["std"]) == 4
     for text in ("ifsq-ckpt", "ae-ckpt", "psnr", f"{r['psnr']:.2f}", f"{r['codes']['codes_used']}/83521"):
         assert text in printed
     assert ifsq["training"]["lr"] == 0.002 and ifsq["weights"] == "ema" and len(ifsq["sha256"]) == 64
     assert (tmp_path / "ifsq-ckpt.png").stat().st_size > 500
+
+
+def test_latent_statistics():
+    """A Gaussian is what erf makes uniform; one value only is as far from uniform as can be; ks by its definition otherwise."""
+    z = torch.special.ndtri((torch.arange(400, dtype=torch.float64) + 0.5) / 400).float()
+    pre = torch.stack([z, torch.full_like(z, 9.0), 3 * z], 1).view(1, 20, 20, 3).movedim(-1, 1)     # (1, 3, 20, 20)
+    found = evaluate.latent_statistics(pre, "erf")
+    assert found["mean"] == pytest.approx([0, 9, 0], abs=1e-5) and found["std"] == pytest.approx([1, 0, 3], abs=0.02)
+    y = torch.sort((torch.erf(3 * z / 2**0.5) + 1) / 2).values
+    gap = max((torch.arange(1, 401) / 400 - y).max(), (y - torch.arange(400) / 400).max())
+    assert found["ks"] == pytest.approx([1 / 800, 1, gap.item()], abs=1e-4)
 
 
 def test_psnr_is_that_of_saved_pictures(checkpoints, tmp_path, capsys):
@@ -87,6 +99,9 @@ def test_numbers_do_not_depend_on_batch_size_or_processes(one_thread, checkpoint
         for key in ("images", "psnr", "ssim", "codes"):
             a, b = one["ifsq-ckpt"]["results"][key], other["ifsq-ckpt"]["results"][key]
             assert b == (pytest.approx(a, rel=1e-6) if key in ("psnr", "ssim") else a)
+        for key in ("mean", "std", "ks"):
+            assert other["ifsq-ckpt"]["results"]["latents"][key] == pytest.approx(one["ifsq-ckpt"]["results"]["latents"][key],
+                                                                                  rel=1e-5, abs=1e-6)
 
 
 def offline(url, path, hash_prefix):
