@@ -68,7 +68,8 @@ def quantize(z, levels, alpha=1.6, edges="half"):
     """Algorithm 1: z (..., d) -> codes z_q (..., d) fp32 in [-1, 1] and digits (..., d) int64 in [0, L).
 
     levels: (d,) int64 tensor or list, each >= 2, or one int for all channels. The forward value is exactly on the grid; the
-    gradient is that of the unrounded y. edges="original" with alpha=2.0 (their tanh) is the FSQ of Mentzer et al. and of the projects that copied it.
+    gradient is that of the unrounded y. edges="original" with alpha=2.0 (their tanh) is the FSQ of Mentzer et al. and of the
+    projects that copied it.
     """
     levels = torch.as_tensor(levels, device=z.device)
     scale, offset, centre, unit = grid(levels, edges)
@@ -126,6 +127,10 @@ class FSQ(nn.Module):
     def forward(self, z, return_indices=True):
         """z (..., d), any float dtype -> z_q (..., d) in [-1, 1] of the same dtype, indices (...) int64 or None."""
         self._check_last_dim(z)
+        if z.device.type == "cpu" and z.numel() > 2**21:  # parts that reuse their memory: a third of the time
+            parts = z.flatten(0, -2).split(2**19 // len(self.levels) + 1)
+            z_q, indices = zip(*(self(part, return_indices) for part in parts))
+            return torch.cat(z_q).view(z.shape), torch.cat(indices).view(z.shape[:-1]) if return_indices else None
         levels = self.levels[0] if self.uniform else self.levels  # on a CPU one number is 3 times as fast as one a channel
         z_q, digits = quantize(z, levels, self.alpha, self.edges)
         return z_q.to(z.dtype), self.digits_to_indices(digits) if return_indices else None

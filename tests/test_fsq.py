@@ -189,3 +189,19 @@ def test_one_number_for_all_channels_is_the_same_as_one_each(level, edges):
         for one, each in zip(quantize(z, level, alpha, edges), quantize(z, [level] * 3, alpha, edges)):
             assert torch.equal(one, each)
     assert FSQ([level] * 3).uniform and not FSQ([level, level + 1]).uniform
+
+
+def test_large_inputs_are_quantized_in_parts_to_the_same_values():
+    fsq = FSQ([5, 3, 4])
+    z = torch.randn(3, 300_000, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert z.numel() > 2**21
+    z_q, indices = fsq(z)
+    z_q.square().sum().backward()
+    gradient, z.grad = z.grad, None
+    for row in range(3):
+        part = z[row, :1000].detach().requires_grad_()
+        one, index = fsq(part)
+        one.square().sum().backward()
+        assert torch.equal(z_q[row, :1000], one) and torch.equal(indices[row, :1000], index)
+        assert torch.equal(gradient[row, :1000], part.grad)
+    assert fsq(z.detach(), return_indices=False)[1] is None and indices.shape == (3, 300_000)
