@@ -932,7 +932,7 @@ def draw_curves(path, panels, xlabel, size=(340, 230)):
         for part in (0, 0.5, 1):
             x, y = x0 + part * (x1 - x0), y0 + part * (y1 - y0)
             pen.text((at(x, y0)[0], bottom + 8), f"{x:.4g}", fill="black", font=font, anchor="mt")
-            pen.text((left - 8, at(x0, y)[1]), f"{y:.2g}", fill="black", font=font, anchor="rm")
+            pen.text((left - 8, at(x0, y)[1]), f"{y:.3g}", fill="black", font=font, anchor="rm")
         for name, curve in curves.items():
             pen.line([at(x, values.mean()) for x, values in zip(*curve)], fill=colours[name], width=4, joint="curve")
             for x, y in (at(x, value) for x, values in zip(*curve) for value in values):
