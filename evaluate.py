@@ -673,7 +673,8 @@ def evaluate_tokenizer(path, checkpoint, args, processes, network):
     scores = processes.sum(scores.to(exact))  # each image's row is non-zero in one process only, so the sum is exact
     latents = None
     if trained["quantizer"] in ("ifsq", "fsq"):
-        latents = processes.sum(torch.zeros(shape).index_copy_(0, mine, torch.cat([torch.zeros(0, *shape[1:]), *pre])))
+        mine_only = torch.zeros(shape).index_copy_(0, mine, torch.cat([torch.zeros(0, *shape[1:]), *pre]))
+        latents = latent_statistics(processes.sum(mine_only), model.quantize.fsq.alpha)
     if usage and world > 1:
         usage.all_reduce()
     if rank == 0:
@@ -684,7 +685,7 @@ def evaluate_tokenizer(path, checkpoint, args, processes, network):
     results = {"images": len(chosen), "psnr": means[0], "ssim": means[1], "lpips": means[2] if lpips else None,
                "bits_per_pixel": bits / math.prod(size), "compression": 24 * math.prod(size) / bits,
                "images_per_s": world * len(mine) / seconds, "codes": usage.report() if usage else None,
-               "latents": latents is not None and latent_statistics(latents, model.quantize.fsq.alpha) or None}
+               "latents": latents}
     about = dict(crop=f"{size[0]} x {size[1]}, centre (ADM)")
     distances = {"distances": {"rfid": None}}
     if network:

@@ -32,7 +32,7 @@ import train  # noqa: E402
 
 SAMPLES = 300
 PIXELS = "--image-size", 16, "--downsample", 4
-STEPS = {"tokenizer": (1000,), "llamagen": (600,), "dit": (600,)}
+STEPS = {"tokenizer": (1000,), "llamagen": (300, 600), "dit": (300, 600)}
 BASE = 4000  # steps of the tokenizers that generators stand on: after 1,000, their blur is most of any distance
 SETTINGS = {"tokenizer": ["--metrics", "psnr", "ssim", "codes"],
             "llamagen": ["--metrics", "fid", "kid", "--cfg-scale", 1],
@@ -50,11 +50,11 @@ class Run(NamedTuple):
     def name(self, step=None):
         flags = "".join(str(flag).replace("--", "-") if str(flag).startswith("--") else f"={flag}" for flag in self.flags)
         longer = f"-steps={BASE}" * (self.model == "tokenizer" and self.steps is not None)  # another schedule, another run
-        return f"{self.model}{flags}{longer}-seed={self.seed}" + (f"-step={step}" if step else "")
+        return f"{self.model}{flags}{longer}{'-rfid' * self.rfid}-seed={self.seed}" + (f"-step={step}" if step else "")
 
 
 # ------------------------------------------------------------------------------------------------ the questions
-# Each is {picture: {curve: {x: [its runs, one for each seed]}}}.
+# Each is {question: {curve: {x: [its runs, one for each seed]}}}.
 
 
 def tokenizers(variants, seeds=(0, 1), steps=None, rfid=False):
@@ -77,13 +77,12 @@ LAYERS, WEIGHTS = (2, 4, 6, 8, 10, 12), (0.25, 0.5, 1, 2, 4)
 USUAL = {"llamagen": 2, "dit": 0.5}  # the weights of train.py
 MIDDLE = {"erf": 1.702}              # where on the axis of alpha: the slope of the nearest sigmoid
 layer = lambda k, *more: ["--repa-layer", k, *more]
-CURVES = 300, 600
 ALONG = {"repa": lambda report: report["step"],  # questions about the way: x is read off each report
          "models": lambda report: round(report["results"]["train_flops"] / 1e12, 1)}
 QUESTIONS = {
-    "repa": {f"{name}{', aligned' * bool(flags)}": generators(model, {0: flags}, (0, 1, 2), CURVES)
+    "repa": {f"{name}{', aligned' * bool(flags)}": generators(model, {0: flags}, (0, 1, 2))
              for model, name in MODELS.items() for flags in ((), layer(4))},
-    "models": {name: generators(model, {0: ()}, (0, 1), (*CURVES, 1200)) for model, name in MODELS.items()},
+    "models": {name: generators(model, {0: ()}, (0, 1), (300, 600, 1200)) for model, name in MODELS.items()},
     "alpha": {"half bins at the ends": tokenizers({alpha: [] if alpha == 1.6 else ["--alpha", alpha]
                                                    for alpha in (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, "erf")})},
     "edges": {"half bins at the ends": tokenizers(levels((3, 5, 9, 17))),
@@ -150,9 +149,9 @@ class Workshop:
             if subprocess.run([sys.executable, *map(str, command)], stdout=file, stderr=file).returncode:
                 sys.exit(f"findings.py: a command failed, see the end of {log}")
 
-    def report(self, run, step=None):
-        """The report of `run`, or None if there is none yet."""
-        path = self.reports / f"{run.name(step or self.steps(run)[-1])}.json"
+    def report(self, run, step):
+        """The report of `run` at `step`, or None if there is none yet."""
+        path = self.reports / f"{run.name(step)}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
     @staticmethod

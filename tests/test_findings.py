@@ -18,11 +18,17 @@ def test_every_run_is_a_command_that_parses(question, tmp_path, monkeypatch):
         monkeypatch.setattr(shop, name, path)
     tokenizer = vars(train.parse_args(["--model", "tokenizer", "--image-size", "16", "--downsample", "4"]))
     monkeypatch.setattr(train, "load_checkpoint", lambda path: {"args": tokenizer})
-    seen = {}
     for run in (run for points in findings.QUESTIONS[question].values() for runs in points.values() for run in runs):
         args = train.parse_args([str(flag) for flag in shop.flags(run, tmp_path)])
         assert args.model == run.model and args.image_size == [16, 16] and args.downsample == 4 and args.seed == run.seed
-        assert seen.setdefault(run.name(), run) == run, "one name, two runs"
+
+
+def test_runs_of_one_name_are_the_same_training():
+    seen = {}
+    for curves in findings.QUESTIONS.values():
+        for run in (run for points in curves.values() for runs in points.values() for run in runs):
+            same = run._replace(steps=None) if run.model != "tokenizer" else run  # generators may be followed further
+            assert seen.setdefault(run.name(), same) == same
 
 
 def test_the_page_says_what_the_reports_say(tmp_path, monkeypatch, capsys):
@@ -41,7 +47,7 @@ def test_the_page_says_what_the_reports_say(tmp_path, monkeypatch, capsys):
         PAGE.write_text(before)
 
 
-def test_values_of_seeds_are_gathered_and_missing_reports_are_left_out(tmp_path, monkeypatch):
+def test_values_of_seeds_are_gathered_and_missing_reports_are_left_out():
     class Shop:
         steps = staticmethod(findings.Workshop.steps)
 

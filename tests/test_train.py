@@ -42,7 +42,8 @@ def assert_same(a, b, path=""):
 
 
 def rows(out):
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "waiting")} for row in csv.DictReader(open(Path(out) / "log.csv"))]
+    return [{k: v for k, v in row.items() if k not in ("images_per_s", "waiting")}
+            for row in csv.DictReader(open(Path(out) / "log.csv"))]
 
 
 @pytest.mark.parametrize("flags", [["--quantizer", "ifsq"], ["--quantizer", "vae"], ["--disc-start", "3", "--log-every", "2"]],
