@@ -94,6 +94,9 @@ def parse_args(argv=None):
         "(default: 50000)")
     add("--save-reference", type=lambda path: Path(path).with_suffix(".npz"), metavar="NPZ",
         help="keep the statistics of the reference, or of the first set of images")
+    add("--save-npz", action="store_true", help="keep the samples, or a tokenizer's reconstructions, as OUT/NAME.npz in ADM's "
+        "format: arr_0 (N,H,W,3) uint8, arr_1 labels")
+    add("--save-images", action="store_true", help="keep them as OUT/NAME/000000.png, ...")
     add("--seed", type=int, default=0, help="of samples and random labels (default: 0)")
     add("--out", type=Path, metavar="DIR", help="folder of reports and pictures (default: eval/ beside the first checkpoint)")
 
@@ -116,9 +119,6 @@ def parse_args(argv=None):
     group("--repa-teacher", metavar="{dinov2_vitb14,...,PATH}", help="teacher of --probe: DINOv2 by name, or a file as in "
           "train.py (default: that of the training run, or of another checkpoint given)")
     group("--tokenizer", metavar="CKPT", help="tokenizer of a released LlamaGen or DiT, whose file holds none")
-    group("--save-npz", action="store_true", help="keep the samples as OUT/NAME.npz in ADM's format: arr_0 (N,H,W,3) uint8, "
-          "arr_1 labels")
-    group("--save-images", action="store_true", help="keep the samples as OUT/NAME/000000.png, ...")
     args = parser.parse_args(argv)
     sets = [is_image_set(path) for path in args.checkpoints]
     if any(sets) and not (all(sets) and (len(sets) == 2 or len(sets) == 1 and args.save_reference)):
@@ -652,15 +652,20 @@ def evaluate_tokenizer(path, checkpoint, args, processes, network):
     pre, shape = [], (len(chosen), len(model.levels), *(side // model.downsample for side in size))
     if trained["quantizer"] in ("ifsq", "fsq"):  # what comes into the quantizer: is it the Gaussian that alpha is made for?
         model.quantize.register_forward_pre_hook(lambda _, inputs: pre.append(inputs[0].cpu()))
+    labels = torch.zeros(len(chosen), dtype=torch.int64)                                # for --save-npz
+    kept = Pictures(report_name(path), len(chosen), size, args, processes) if args.save_npz or args.save_images else None
     names = wanted(args, {"fid", "kid"})
     originals, rebuilt = (network and Measure(network, len(chosen), names) for _ in range(2))
     seconds = 0.0
-    for part, (x, _) in zip(mine.split(args.batch_size), tqdm(loader, desc=str(path), disable=None if rank == 0 else True)):
+    for part, (x, shown) in zip(mine.split(args.batch_size), tqdm(loader, desc=str(path), disable=None if rank == 0 else True)):
+        labels[part] = shown
         begin = time.perf_counter()
         with processes.autocast():
             z, indices = model.encode(to_float(x, device))
             y = to_uint8(model.decode(z)).cpu()                                         # .cpu() waits for the device
         seconds += time.perf_counter() - begin
+        if kept:
+            kept.put(part, y)
         a, b = (images.to(device, exact) / 255 for images in (x, y))
         scores[part, 0], scores[part, 1] = psnr(a, b).cpu().double(), ssim(a, b).cpu().double()
         if lpips:
@@ -670,6 +675,8 @@ def evaluate_tokenizer(path, checkpoint, args, processes, network):
         if network:
             originals.update(x, part)
             rebuilt.update(y, part)
+    if kept:
+        kept.finish(processes.sum(labels))
     scores = processes.sum(scores.to(exact))  # each image's row is non-zero in one process only, so the sum is exact
     latents = None
     if trained["quantizer"] in ("ifsq", "fsq"):
@@ -766,21 +773,15 @@ def evaluate_generator(path, checkpoint, args, processes, network, references, t
         labels = torch.randint(len(classes), (count,), generator=torch.Generator().manual_seed(seed_of(args.seed, -1)))
     reference = find_reference(trained["data"], size, args, processes, network, references) if network else None
     measure = Measure(network, count, wanted(args)) if reference else None
-    folder = args.out / f"{name}.tmp"
-    if processes.rank == 0:
-        create_array(folder / "samples.npy", (count, *size, 3), np.uint8)
-    processes.barrier()
-    samples = np.load(folder / "samples.npy", mmap_mode="r+")
+    samples = Pictures(name, count, size, args, processes)
     try:
         seconds = draw_samples(samples, labels, lambda labels, indices: sample_pictures(
             model, stage, labels, indices, args.seed, settings), args, processes, measure, name)
     except ValueError as error:  # the settings' ranges are the samplers' own business
         raise UsageError(f"{path}: {error}")
     if processes.rank == 0:
-        draw_classes(args.out / f"{name}.png", samples, labels, classes)
-        if args.save_npz:
-            save_npz(args.out / f"{name}.npz", folder / "samples.npy", labels)
-        shutil.rmtree(folder)
+        draw_classes(args.out / f"{name}.png", samples.array, labels, classes)
+    samples.finish(labels)
     distances = {"distances": {"random-fid" if args.inception == "random" else "gfid": None}}
     if measure:
         about = dict(name=f"samples of {path}", crop=f"{size[0]} x {size[1]}")
@@ -793,14 +794,41 @@ def evaluate_generator(path, checkpoint, args, processes, network, references, t
                     seed=args.seed, image_size=size)
 
 
+class Pictures:
+    """An array (N,H,W,3) uint8 on disk that all processes fill, kept as --save-npz and --save-images ask."""
+
+    def __init__(self, name, count, size, args, processes):
+        self.path, self.args, self.rank = args.out / name, args, processes.rank
+        self.folder = args.out / f"{name}.tmp"
+        if processes.rank == 0:
+            create_array(self.folder / "samples.npy", (count, *size, 3), np.uint8)
+        processes.barrier()
+        self.array = np.load(self.folder / "samples.npy", mmap_mode="r+")
+
+    def put(self, places, pictures):
+        """pictures (B,3,H,W) uint8 at the places (B) of the N."""
+        self.array[places.numpy()] = pictures.permute(0, 2, 3, 1).numpy()
+        for i in places.tolist() if self.args.save_images else ():
+            self.path.mkdir(exist_ok=True)
+            Image.fromarray(self.array[i]).save(self.path / f"{i:06d}.png")
+        self.array.flush()  # for the other processes
+
+    def finish(self, labels):
+        """To be called when all processes have put theirs. labels (N): the .npz gets them, too."""
+        if self.rank == 0:
+            if self.args.save_npz:
+                save_npz(f"{self.path}.npz", self.folder / "samples.npy", labels)
+            shutil.rmtree(self.folder)
+
+
 def draw_samples(samples, labels, draw, args, processes, measure, name):
-    """Fill samples (N,H,W,3), an array that all processes share; feeds `measure`, if any. Returns the seconds it took them all.
+    """Fill samples, Pictures; feeds `measure`, if any. Returns the seconds it took all processes.
 
     draw(labels, indices) -> (B,3,H,W) uint8. Blocks of the global index go to the processes in turn, so that a block is
     computed alike by whomever.
     """
     seconds = 0.0
-    for block in tqdm(list(torch.arange(len(samples)).split(args.batch_size))[processes.rank::processes.world],
+    for block in tqdm(list(torch.arange(len(labels)).split(args.batch_size))[processes.rank::processes.world],
                       desc=f"sampling {name}", disable=None if processes.rank == 0 else True):
         begin = time.perf_counter()
         with processes.autocast():
@@ -808,11 +836,7 @@ def draw_samples(samples, labels, draw, args, processes, measure, name):
         seconds += time.perf_counter() - begin
         if measure:
             measure.update(pictures, block)
-        samples[block.numpy()] = pictures.permute(0, 2, 3, 1).numpy()
-        for i, picture in zip(block.tolist(), samples[block.numpy()] if args.save_images else []):
-            (args.out / name).mkdir(exist_ok=True)
-            Image.fromarray(picture).save(args.out / name / f"{i:06d}.png")
-    samples.flush()
+        samples.put(block, pictures)
     return processes.sum(torch.tensor(seconds)).item()                                  # waits for all samples
 
 

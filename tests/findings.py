@@ -8,7 +8,8 @@ Questions: repa models alpha edges bottlenecks bits repa-layer repa-weight. All 
 size nano. What has its report in assets/findings is not run again, an interrupted run goes on from its last checkpoint, and several
 of these commands may work on one folder at the same time. Every step is a command of train.py or evaluate.py; its flags are
 in the report. Distances are between samples and as many validation images, in random Inception features, and, with
---second-opinion SCRIPT (called as SCRIPT REFERENCE.npz SAMPLES.npz, printing JSON), in those of another network.
+--second-opinion SCRIPT (called as SCRIPT REFERENCE.npz SAMPLES.npz, printing JSON), in those of another network; there also
+to the reconstructions of these images, the best that a generator on this tokenizer could draw.
 """
 import argparse
 import contextlib
@@ -35,6 +36,8 @@ PIXELS = "--image-size", 16, "--downsample", 4
 STEPS = {"tokenizer": (1000,), "llamagen": (300, 600), "dit": (300, 600)}
 BASE = 4000  # steps of the tokenizers that generators stand on: after 1,000, their blur is most of any distance
 SETTINGS = {"tokenizer": ["--metrics", "psnr", "ssim", "codes"],
+            "rfid": ["--metrics", "psnr", "ssim", "codes", "fid", "--num-samples", SAMPLES],
+            "loss": ["--metrics", "codes", "--num-samples", 10],  # of a generator: no distance
             "llamagen": ["--metrics", "fid", "kid", "--cfg-scale", 1],
             "dit": ["--metrics", "fid", "kid", "--cfg-scale", 1, "--sample-steps", 25]}
 
@@ -45,26 +48,23 @@ class Run(NamedTuple):
     flags: tuple = ()             # ("--alpha", 1.4, ...)
     seed: int = 0
     steps: tuple = None           # of STEPS by default
-    rfid: bool = False            # a tokenizer's distance, too
+    settings: str = None          # of SETTINGS, how it is measured; by default those of its model
 
     def name(self, step=None):
+        """Of its folder, or of its report at `step`."""
         flags = "".join(str(flag).replace("--", "-") if str(flag).startswith("--") else f"={flag}" for flag in self.flags)
         longer = f"-steps={BASE}" * (self.model == "tokenizer" and self.steps is not None)  # another schedule, another run
-        return f"{self.model}{flags}{longer}{'-rfid' * self.rfid}-seed={self.seed}" + (f"-step={step}" if step else "")
+        report = f"{'-rfid' * (self.settings == 'rfid')}-step={step}" if step else ""
+        return f"{self.model}{flags}{longer}-seed={self.seed}{report}"
 
 
 # ------------------------------------------------------------------------------------------------ the questions
 # Each is {question: {curve: {x: [its runs, one for each seed]}}}.
 
 
-def tokenizers(variants, seeds=(0, 1), steps=None, rfid=False):
-    """{x: flags} -> {x: [Run, ...]}."""
-    return {x: [Run("tokenizer", tuple(flags), seed, steps, rfid) for seed in seeds] for x, flags in variants.items()}
-
-
-def generators(model, variants, seeds=(0,), steps=None):
-    """{x: flags} -> {x: [Run, ...]}; all of a data set and a number of levels stand on the tokenizer of seed 0."""
-    return {x: [Run(model, tuple(flags), seed, steps) for seed in seeds] for x, flags in variants.items()}
+def repeated(model, variants, seeds=(0, 1), steps=None, settings=None):
+    """{x: flags} -> {x: [Run, ...]}; all generators of a data set and a number of levels stand on the tokenizer of seed 0."""
+    return {x: [Run(model, tuple(flags), seed, steps, settings) for seed in seeds] for x, flags in variants.items()}
 
 
 def levels(counts, *more):
@@ -73,31 +73,39 @@ def levels(counts, *more):
 
 
 LEVELS, MODELS = (2, 3, 5, 9, 17, 33, 65), {"llamagen": "LlamaGen", "dit": "DiT"}
-LAYERS, WEIGHTS = (2, 4, 6, 8, 10, 12), (0.25, 0.5, 1, 2, 4)
 USUAL = {"llamagen": 2, "dit": 0.5}  # the weights of train.py
 MIDDLE = {"erf": 1.702}              # where on the axis of alpha: the slope of the nearest sigmoid
 layer = lambda k, *more: ["--repa-layer", k, *more]
 ALONG = {"repa": lambda report: report["step"],  # questions about the way: x is read off each report
          "models": lambda report: round(report["results"]["train_flops"] / 1e12, 1)}
+
+
+def aligned(model, usual, variants):
+    """Early in training: without, with the usual layer and weight (x: usual), and the variants, which are measured by their
+    loss alone: that takes a third of the time."""
+    early = STEPS[model][:1]
+    return {**repeated(model, {0: (), usual: layer(4)}, steps=early), **repeated(model, variants, steps=early, settings="loss")}
+
+
 QUESTIONS = {
-    "repa": {f"{name}{', aligned' * bool(flags)}": generators(model, {0: flags}, (0, 1, 2))
+    "repa": {f"{name}{', aligned' * bool(flags)}": repeated(model, {0: flags})
              for model, name in MODELS.items() for flags in ((), layer(4))},
-    "models": {name: generators(model, {0: ()}, (0, 1), (300, 600, 1200)) for model, name in MODELS.items()},
-    "alpha": {"half bins at the ends": tokenizers({alpha: [] if alpha == 1.6 else ["--alpha", alpha]
-                                                   for alpha in (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, "erf")})},
-    "edges": {"half bins at the ends": tokenizers(levels((3, 5, 9, 17))),
-              "equal bins": tokenizers(levels((3, 5, 9, 17), "--edges", "full"))},
-    "bottlenecks": {name: tokenizers({0: flags}, rfid=True) for name, flags in {
+    "models": {name: repeated(model, {0: ()}, steps=(300, 600, 1200)) for model, name in MODELS.items()},
+    "alpha": {"half bins at the ends": repeated("tokenizer", {
+        alpha: [] if alpha == 1.6 else ["--alpha", alpha] for alpha in (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, "erf")})},
+    "edges": {"half bins at the ends": repeated("tokenizer", levels((3, 5, 9, 17))),
+              "equal bins": repeated("tokenizer", levels((3, 5, 9, 17), "--edges", "full"))},
+    "bottlenecks": {name: repeated("tokenizer", {0: flags}, settings="rfid") for name, flags in {
         "ae": ["--quantizer", "ae"], "vae": ["--quantizer", "vae"], "vq": ["--quantizer", "vq"], "fsq": ["--quantizer", "fsq"],
         "fsq, equal bins": ["--quantizer", "fsq", "--edges", "full"], "ifsq": [],
         "ifsq, equal bins": ["--edges", "full"]}.items()},
-    "bits": {"tokenizer": tokenizers(levels(LEVELS)),
-             "tokenizer, 4 times as long": tokenizers(levels(LEVELS), (0,), steps=(BASE,)),
-             "8 channels": tokenizers({round(math.log2(5), 2): ["--levels", *[5] * 8]}),
-             **{name: generators(model, levels(LEVELS)) for model, name in MODELS.items()}},
-    "repa-layer": {name: generators(model, {0: (), **{k: layer(k) for k in LAYERS}}) for model, name in MODELS.items()},
-    "repa-weight": {name: generators(model, {0: (), **{w: layer(4, *([] if w == USUAL[model] else ["--repa-weight", w]))
-                                                       for w in WEIGHTS}}) for model, name in MODELS.items()},
+    "bits": {"tokenizer": repeated("tokenizer", levels(LEVELS)),
+             "8 channels": repeated("tokenizer", {round(math.log2(5), 2): ["--levels", *[5] * 8]}),
+             "tokenizer, 4 times as long": repeated("tokenizer", levels(LEVELS), (0,), steps=(BASE,)),
+             **{name: repeated(model, levels(LEVELS), (0,)) for model, name in MODELS.items()}},
+    "repa-layer": {name: aligned(model, 4, {k: layer(k) for k in (2, 6, 8, 10, 12)}) for model, name in MODELS.items()},
+    "repa-weight": {name: aligned(model, USUAL[model], {w: layer(4, "--repa-weight", w) for w in (0.25, 0.5, 1, 2, 4)
+                                                        if w != USUAL[model]}) for model, name in MODELS.items()},
 }
 mean = lambda values: sum(values) / len(values)
 METRICS = {  # title: (what it is of a report, digits in a table)
@@ -112,12 +120,13 @@ METRICS = {  # title: (what it is of a report, digits in a table)
     "KS distance to uniform": (lambda r: mean(r["results"]["latents"]["ks"]), 4),
     f"random-rFID@{SAMPLES}": (lambda r: r["results"]["distances"][f"random-fid@{SAMPLES}"], 4),
     f"random-FID@{SAMPLES}": (lambda r: r["results"]["distances"][f"random-fid@{SAMPLES}"], 4),
-    "semantic FD": (lambda r: r["results"]["second_opinion"]["fd"], 1),
+    "semantic FD": (lambda r: r["results"]["second_opinion"]["images"]["fd"], 1),
+    "semantic FD to reconstructions": (lambda r: r["results"]["second_opinion"]["reconstructions"]["fd"], 1),
     "LlamaGen: bits a token": (lambda r: r["results"]["val_bits_per_token"], 3),
     "DiT: squared error": (lambda r: r["results"]["val_loss"], 4),
 }
 LOSSES = ["LlamaGen: bits a token", "DiT: squared error"]
-DISTANCES = [f"random-FID@{SAMPLES}", "semantic FD"]
+DISTANCES = [f"random-FID@{SAMPLES}", "semantic FD", "semantic FD to reconstructions"]
 PICTURES = {  # question: (label of the x axis, metrics)
     "repa": ("step", [*LOSSES, *DISTANCES]),
     "models": ("training, TFLOP", DISTANCES),
@@ -125,8 +134,8 @@ PICTURES = {  # question: (label of the x axis, metrics)
     "edges": ("log2 L", ["PSNR, dB", "entropy of a channel / log2 L", "entropy / log2 of the codes"]),
     "bottlenecks": ("", ["PSNR, dB", "SSIM", f"random-rFID@{SAMPLES}", "entropy / log2 of the codes", "bits a pixel"]),
     "bits": ("log2 L", ["PSNR, dB", "entropy / log2 of the codes", *DISTANCES]),
-    "repa-layer": ("aligned layer (0: none)", [*LOSSES, *DISTANCES]),
-    "repa-weight": ("weight (0: none)", [*LOSSES, *DISTANCES]),
+    "repa-layer": ("aligned layer (0: none)", LOSSES),
+    "repa-weight": ("weight (0: none)", LOSSES),
 }
 
 
@@ -193,11 +202,16 @@ class Workshop:
         flags = ["--model", run.model, "--data", self.data, "--seed", run.seed, "--out", out]
         if run.model == "tokenizer":
             return [*flags, *PIXELS, *run.flags]
-        levels, rest = (run.flags[:5], run.flags[5:]) if "--levels" in run.flags else ((), run.flags)
+        rest = run.flags[5:] if "--levels" in run.flags else run.flags
         teacher = ["--repa-teacher", self.teacher(), "--cache-teacher"] if "--repa-layer" in rest else []
         # a constant learning rate, so that a run can go on to the next step that it is measured at
-        return [*flags, "--tokenizer", self.checkpoint(Run("tokenizer", levels, steps=(BASE,))), "--cooldown", 0,
+        return [*flags, "--tokenizer", self.checkpoint(self.base(run)), "--cooldown", 0,
                 "--eval-every", 100, "--cache-dir", self.out / "cache", *rest, *teacher]
+
+    @staticmethod
+    def base(run):
+        """The tokenizer that a generator stands on, a Run."""
+        return Run("tokenizer", run.flags[:5] if "--levels" in run.flags else (), steps=(BASE,))
 
     def teacher(self):
         """The path of the classifier that all runs are aligned with: a run of one step trains it."""
@@ -213,10 +227,9 @@ class Workshop:
 
     def measure(self, run, step, path):
         """Write the report of the checkpoint `path`."""
-        out, flags = self.out / run.name(), list(SETTINGS[run.model])
-        if run.model == "tokenizer" and run.rfid:
-            flags += ["fid", "--num-samples", SAMPLES]
-        if run.model != "tokenizer":
+        out, flags, sampled = self.out / run.name(), list(SETTINGS[run.settings or run.model]), not run.settings
+        sampled &= run.model != "tokenizer"
+        if sampled:
             flags += ["--num-samples", SAMPLES, "--save-npz", "--reference", self.reference()[1]]
         self.call(out / "commands.log", ROOT / "evaluate.py", path, *flags, "--inception", "random", "--out", out)
         name = evaluate.report_name(path)
@@ -226,10 +239,9 @@ class Workshop:
         results = {key: value for key, value in found["results"].items() if key not in ("reference", "compared")}
         for channel in results["codes"]["channels"] if results.get("codes") else []:
             del channel["histogram"]
-        if self.second and run.model != "tokenizer":
-            command = [sys.executable, self.second, self.reference()[0], out / f"{name}.npz"]
-            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-            results["second_opinion"] = {key: value for key, value in json.loads(answer).items() if isinstance(value, float)}
+        if self.second and sampled:
+            references = {"images": self.reference()[0], "reconstructions": self.reconstructions(self.base(run))}
+            results["second_opinion"] = {which: self.opinion(path, out / f"{name}.npz") for which, path in references.items()}
         validated = lambda row: row["val_psnr"] or row["val_loss"] or row["val_bits_per_token"]
         log = [{key: float(value) for key, value in row.items() if value}
                for row in csv.DictReader((out / "log.csv").open()) if validated(row)]
@@ -252,6 +264,22 @@ class Workshop:
                 self.call(self.out / "commands.log", ROOT / "evaluate.py", images, "--save-reference", statistics,
                           "--inception", "random", "--out", self.out / "eval")
         return images, statistics
+
+    def reconstructions(self, run):
+        """What the tokenizer `run` makes of the images of `reference`, as .npz."""
+        path = self.checkpoint(run)
+        with open(path.parent / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = path.parent / "reference" / f"{evaluate.report_name(path)}.npz"
+            if not found.exists():
+                self.call(path.parent / "commands.log", ROOT / "evaluate.py", path, "--metrics", "psnr", "--num-samples", SAMPLES,
+                          "--save-npz", "--out", found.parent)
+        return found
+
+    def opinion(self, reference, samples):
+        """The numbers that the script of --second-opinion prints about two files of images."""
+        answer = subprocess.run([sys.executable, self.second, reference, samples], check=True, capture_output=True, text=True)
+        return {key: value for key, value in json.loads(answer.stdout.splitlines()[-1]).items() if isinstance(value, float)}
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -294,8 +322,10 @@ def show(name, xlabel, found):
     """
     if not found:
         return print(f"{name}: no reports yet")
-    xs = lambda points: [MIDDLE.get(x, x) for x in points]
-    panels = {metric: {curve: (xs(points), list(points.values())) for curve, points in curves.items()}
+    place = lambda point: MIDDLE.get(point[0], point[0])
+    found = {metric: {curve: dict(sorted(points.items(), key=place)) for curve, points in curves.items()}
+             for metric, curves in found.items()}
+    panels = {metric: {curve: ([*map(place, points.items())], list(points.values())) for curve, points in curves.items()}
               for metric, curves in found.items()}
     if not xlabel:  # curves of one point each, side by side
         order = list(dict.fromkeys(curve for curves in found.values() for curve in curves))

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import train
@@ -73,8 +74,11 @@ def test_latent_statistics():
 
 
 def test_psnr_is_that_of_saved_pictures(checkpoints, tmp_path, capsys):
-    """By hand, one image at a time: encode, decode, round to uint8, compare."""
-    reports, _ = report(capsys, tmp_path, checkpoints / "ifsq" / "ckpt.pt", "--split", "all", "--metrics", "psnr")
+    """By hand, one image at a time: encode, decode, round to uint8, compare, also with what is saved."""
+    reports, _ = report(capsys, tmp_path, checkpoints / "ifsq" / "ckpt.pt", "--split", "all", "--metrics", "psnr",
+                        "--save-npz", "--save-images")
+    saved = np.load(tmp_path / "ifsq-ckpt.npz")
+    assert saved["arr_0"].shape == (20, 24, 24, 3) and saved["arr_1"].tolist() == [0] * 20
     state = train.load_checkpoint(checkpoints / "ifsq" / "ckpt.pt")
     model = train.build_tokenizer(state["args"]).eval()
     model.load_state_dict(state["ema"])
@@ -82,19 +86,23 @@ def test_psnr_is_that_of_saved_pictures(checkpoints, tmp_path, capsys):
     for i in range(20):
         x = images[i][0][None]
         y = ((model(x / 127.5 - 1)[0] + 1) * 127.5).round().clamp(0, 255)
+        assert np.abs(saved["arr_0"][i] - y[0].permute(1, 2, 0).detach().numpy()).max() <= 1  # on the edge of rounding
+        assert np.array_equal(saved["arr_0"][i], Image.open(tmp_path / "ifsq-ckpt" / f"{i:06d}.png"))
         total += 10 * torch.log10(255**2 / (x.double() - y.double()).square().mean()).item() / 20
     assert reports["ifsq-ckpt"]["results"]["psnr"] == pytest.approx(total, abs=1e-5)
 
 
 def test_numbers_do_not_depend_on_batch_size_or_processes(one_thread, checkpoints, tmp_path, capsys):
     path = checkpoints / "ifsq" / "ckpt.pt"
-    flags = ["--split", "all", "--num-samples", "13", "--metrics", "psnr", "ssim", "codes"]
+    flags = ["--split", "all", "--num-samples", "13", "--metrics", "psnr", "ssim", "codes", "--save-npz"]
     one, _ = report(capsys, tmp_path / "one", path, *flags)
     odd, _ = report(capsys, tmp_path / "odd", path, *flags, "--batch-size", "5")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py",
                     str(path), *flags, "--device", "cpu", "--out", str(tmp_path / "two")], check=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     two = {"ifsq-ckpt": json.loads((tmp_path / "two" / "ifsq-ckpt.json").read_text())}
+    a, b = (np.load(tmp_path / name / "ifsq-ckpt.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    assert len(a) == 13 and np.abs(a - b).max() <= 1 and not list(tmp_path.glob("*/*.tmp"))
     for other in (odd, two):
         for key in ("images", "psnr", "ssim", "codes"):
             a, b = one["ifsq-ckpt"]["results"][key], other["ifsq-ckpt"]["results"][key]
