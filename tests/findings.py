@@ -72,6 +72,11 @@ def levels(counts, *more):
     return {round(math.log2(n), 2): ([] if n == 17 else ["--levels", *[n] * 4]) + list(more) for n in counts}
 
 
+def slopes(*alphas):
+    """{alpha: flags}; 1.6 is train.py's default."""
+    return {alpha: [] if alpha == 1.6 else ["--alpha", alpha] for alpha in alphas}
+
+
 LEVELS, MODELS = (2, 3, 5, 9, 17, 33, 65), {"llamagen": "LlamaGen", "dit": "DiT"}
 USUAL = {"llamagen": 2, "dit": 0.5}  # the weights of train.py
 MIDDLE = {"erf": 1.702}              # where on the axis of alpha: the slope of the nearest sigmoid
@@ -91,8 +96,8 @@ QUESTIONS = {
     "repa": {f"{name}{', aligned' * bool(flags)}": repeated(model, {0: flags})
              for model, name in MODELS.items() for flags in ((), layer(4))},
     "models": {name: repeated(model, {0: ()}, steps=(300, 600, 1200)) for model, name in MODELS.items()},
-    "alpha": {"half bins at the ends": repeated("tokenizer", {
-        alpha: [] if alpha == 1.6 else ["--alpha", alpha] for alpha in (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, "erf")})},
+    "alpha": {"tokenizer": repeated("tokenizer", slopes(1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, "erf")),
+              "tokenizer, 4 times as long": repeated("tokenizer", slopes(1.0, 1.6, 2.0), (0,), steps=(BASE,))},
     "edges": {"half bins at the ends": repeated("tokenizer", levels((3, 5, 9, 17))),
               "equal bins": repeated("tokenizer", levels((3, 5, 9, 17), "--edges", "full"))},
     "bottlenecks": {name: repeated("tokenizer", {0: flags}, settings="rfid") for name, flags in {
@@ -117,6 +122,8 @@ METRICS = {  # title: (what it is of a report, digits in a table)
     "entropy of a channel / log2 L": (lambda r: mean([c["entropy_bits"] / math.log2(n) for c, n in zip(
         r["results"]["codes"]["channels"], r["training"]["levels"])]), 4),
     "std of the latents": (lambda r: mean(r["results"]["latents"]["std"]), 3),
+    "std times alpha": (lambda r: mean(r["results"]["latents"]["std"])
+                        * MIDDLE.get(r["training"]["alpha"], r["training"]["alpha"] or 1.6), 3),
     "KS distance to uniform": (lambda r: mean(r["results"]["latents"]["ks"]), 4),
     f"random-rFID@{SAMPLES}": (lambda r: r["results"]["distances"][f"random-fid@{SAMPLES}"], 4),
     f"random-FID@{SAMPLES}": (lambda r: r["results"]["distances"][f"random-fid@{SAMPLES}"], 4),
@@ -130,7 +137,8 @@ DISTANCES = [f"random-FID@{SAMPLES}", "semantic FD", "semantic FD to reconstruct
 PICTURES = {  # question: (label of the x axis, metrics)
     "repa": ("step", [*LOSSES, *DISTANCES]),
     "models": ("training, TFLOP", DISTANCES),
-    "alpha": ("alpha", ["PSNR, dB", "entropy / log2 of the codes", "KS distance to uniform", "std of the latents"]),
+    "alpha": ("alpha", ["PSNR, dB", "entropy / log2 of the codes", "KS distance to uniform",
+                        "std of the latents", "std times alpha"]),
     "edges": ("log2 L", ["PSNR, dB", "entropy of a channel / log2 L", "entropy / log2 of the codes"]),
     "bottlenecks": ("", ["PSNR, dB", "SSIM", f"random-rFID@{SAMPLES}", "entropy / log2 of the codes", "bits a pixel"]),
     "bits": ("log2 L", ["PSNR, dB", "entropy / log2 of the codes", *DISTANCES]),
@@ -312,10 +320,20 @@ def draw(shop, question):
     """The picture and the table of a question on shop's data."""
     xlabel, metrics = PICTURES[question]
     found = {metric: values_of(shop, question, metric) for metric in metrics}
-    show(f"{shop.reports.name}-{question}", xlabel, {metric: curves for metric, curves in found.items() if curves})
+    show(f"{shop.reports.name}-{question}", xlabel, {metric: curves for metric, curves in found.items() if curves},
+         cost(shop, question))
 
 
-def show(name, xlabel, found):
+def cost(shop, question):
+    """How many trainings a question's reports come from, and how long these took by their logs, in words."""
+    runs = {run.name(): run for points in QUESTIONS[question].values() for runs in points.values() for run in runs}
+    last = [[report for report in (shop.report(run, step) for step in shop.steps(run)) if report][-1:] for run in runs.values()]
+    minutes = [report["step"] * report["training"]["batch_size"] / mean([row["images_per_s"] for row in report["log"]]) / 60
+               for reports in last for report in reports]
+    return f"; {len(minutes)} trainings, {sum(minutes):.0f} minutes in all" if minutes else ""
+
+
+def show(name, xlabel, found, cost=""):
     """assets/findings/NAME.png and the same as a table, mean (smallest to largest), in assets/findings.md.
 
     found: {metric: {curve: {x: values, one for each seed}}}
@@ -339,7 +357,7 @@ def show(name, xlabel, found):
                 for v, n in cells]
         table.append(f"| {curve} | {x if xlabel else ' '} | {' | '.join(text)} |")
     print(f"\n{name}", *table, sep="\n")
-    lines = [f"![{name}](findings/{name}.png)", "", "<details><summary>the numbers</summary>", "", *table, "", "</details>"]
+    lines = [f"![{name}](findings/{name}.png)", "", f"<details><summary>the numbers{cost}</summary>", "", *table, "", "</details>"]
     page, begin, end = ROOT / "assets" / "findings.md", f"<!-- {name}.png -->\n", "\n<!-- end -->"
     before, mark, after = page.read_text().partition(begin)
     if mark:  # the page shows what the reports say

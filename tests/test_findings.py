@@ -57,5 +57,5 @@ def test_values_of_seeds_are_gathered_and_missing_reports_are_left_out():
                 return {"results": {"psnr": 20.0 + run.seed}}
 
     found = findings.values_of(Shop(), "alpha", "PSNR, dB")
-    assert found["half bins at the ends"]["erf"] == [20.0, 21.0] and found["half bins at the ends"][1.6] == [21.0]
+    assert found["tokenizer"]["erf"] == [20.0, 21.0] and found["tokenizer"][1.6] == [21.0]
     assert findings.values_of(Shop(), "alpha", "SSIM") == {}
