@@ -935,18 +935,20 @@ def probe(model, stage, tokens, images, unconditional, teacher, args, processes,
 
 
 def draw_curves(path, panels, xlabel, size=(340, 230)):
-    """PNG of plots side by side. panels: {title: {name of a curve: (x values, y values)}}; a name has one colour in all.
+    """PNG of plots, at most three side by side. panels: {title: {name of a curve: (x values, y values)}}; a name has one colour in all.
 
     A y may be a list: each of its values is a dot, and the line goes through their mean.
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     colours = dict(zip(names, itertools.cycle(["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f"])))
     zoom, (w, h), font = 2, size, ImageFont.load_default(size=20)                       # drawn at twice the size: smooth lines
-    sheet = Image.new("RGB", (zoom * w * len(panels), zoom * (h + 16 * len(names) + 8)), "white")
+    rows = -(-len(panels) // 3)
+    sheet = Image.new("RGB", (zoom * w * min(3, len(panels)), zoom * (rows * h + 16 * len(names) + 8)), "white")
     pen = ImageDraw.Draw(sheet)
     for place, (title, curves) in enumerate(panels.items()):
         curves = {name: (x, [np.atleast_1d(values) for values in y]) for name, (x, y) in curves.items()}
-        left, top, right, bottom = (zoom * v for v in (place * w + 48, 26, place * w + w - 14, h - 36))
+        down, across = place // 3 * h, place % 3 * w
+        left, top, right, bottom = (zoom * v for v in (across + 48, down + 26, across + w - 14, down + h - 36))
         xs = [x for curve in curves.values() for x in curve[0]]
         ys = np.concatenate([values for curve in curves.values() for values in curve[1]]).tolist()
         (x0, x1), (y0, y1) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys))
@@ -963,7 +965,7 @@ def draw_curves(path, panels, xlabel, size=(340, 230)):
             for x, y in (at(x, value) for x, values in zip(*curve) for value in values):
                 pen.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colours[name])
     for row, name in enumerate(names):
-        y = zoom * (h + 16 * row + 8)
+        y = zoom * (rows * h + 16 * row + 8)
         pen.line((zoom * 20, y, zoom * 44, y), fill=colours[name], width=6)
         pen.text((zoom * 50, y), name, fill="black", font=font, anchor="lm")
     sheet.resize((sheet.width // zoom, sheet.height // zoom), Image.Resampling.LANCZOS).save(path)
