@@ -657,8 +657,8 @@ def evaluate_tokenizer(path, checkpoint, args, processes, network):
     names = wanted(args, {"fid", "kid"})
     originals, rebuilt = (network and Measure(network, len(chosen), names) for _ in range(2))
     seconds = 0.0
-    for part, (x, shown) in zip(mine.split(args.batch_size), tqdm(loader, desc=str(path), disable=None if rank == 0 else True)):
-        labels[part] = shown
+    for part, (x, label) in zip(mine.split(args.batch_size), tqdm(loader, desc=str(path), disable=None if rank == 0 else True)):
+        labels[part] = label
         begin = time.perf_counter()
         with processes.autocast():
             z, indices = model.encode(to_float(x, device))
