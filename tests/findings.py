@@ -354,7 +354,7 @@ def show(name, xlabel, found, cost=""):
     table = [f"| | {xlabel or ' '} | {' | '.join(found)} |", f"|{'---|' * (len(found) + 2)}"]
     for curve, x in dict.fromkeys((curve, x) for curves in found.values() for curve, points in curves.items() for x in points):
         cells = [(found[metric].get(curve, {}).get(x), METRICS[metric][1]) for metric in found]
-        text = ["" if v is None else f"{mean(v):.{n}f}" + f" ({min(v):.{n}f} to {max(v):.{n}f})" * (len(v) > 1)
+        text = ["" if v is None else f"{mean(v):.{n}f}" + f" ({min(v):.{n}f} to {max(v):.{n}f})" * (max(v) > min(v))
                 for v, n in cells]
         table.append(f"| {curve} | {x if xlabel else ' '} | {' | '.join(text)} |")
     print(f"\n{name}", *table, sep="\n")
