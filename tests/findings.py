@@ -140,7 +140,7 @@ PICTURES = {  # question: (label of the x axis, metrics)
     "models": ("training, TFLOP", DISTANCES),
     "alpha": ("alpha", ["PSNR, dB", "entropy / log2 of the codes", "KS distance to uniform",
                         "std of the latents", "std times alpha"]),
-    "edges": ("log2 L", ["PSNR, dB", "entropy of a channel / log2 L", "entropy / log2 of the codes"]),
+    "edges": ("log2 L", ["PSNR, dB", "entropy of a channel / log2 L", "std of the latents"]),
     "bottlenecks": ("", ["PSNR, dB", "SSIM", f"random-rFID@{SAMPLES}", "entropy / log2 of the codes", "bits a pixel"]),
     "bits": ("log2 L", ["PSNR, dB", "entropy / log2 of the codes", *DISTANCES]),
     "repa-layer": ("aligned layer (0: none)", LOSSES),
