@@ -165,7 +165,7 @@ class Workshop:
         with open(log, "a") as file:
             print("$", *command, file=file, flush=True)
             if subprocess.run([sys.executable, *map(str, command)], stdout=file, stderr=file).returncode:
-                sys.exit(f"findings.py: a command failed, see the end of {log}")
+                sys.exit(f"findings.py: {Path(log).read_text().splitlines()[-1]} (the command is in {log})")
 
     def report(self, run, step):
         """The report of `run` at `step`, or None if there is none yet."""
