@@ -937,7 +937,7 @@ def probe(model, stage, tokens, images, unconditional, teacher, args, processes,
 def draw_curves(path, panels, xlabel, size=(340, 230)):
     """PNG of plots, at most three side by side. panels: {title: {name of a curve: (x values, y values)}}.
 
-    A curve's name has one colour in all of them. A y may be a list: each of its values is a dot, and the line goes through their mean.
+    A curve's name has one colour in all of them. Without xlabel, x is only a place. A y may be a list: each of its values is a dot, and the line goes through their mean.
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     colours = dict(zip(names, itertools.cycle(["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f"])))
@@ -958,7 +958,7 @@ def draw_curves(path, panels, xlabel, size=(340, 230)):
         pen.text(((left + right) / 2, bottom + 32), xlabel, fill="black", font=font, anchor="mt")
         for part in (0, 0.5, 1):
             x, y = x0 + part * (x1 - x0), y0 + part * (y1 - y0)
-            pen.text((at(x, y0)[0], bottom + 8), f"{x:.4g}", fill="black", font=font, anchor="mt")
+            pen.text((at(x, y0)[0], bottom + 8), f"{x:.4g}" * bool(xlabel), fill="black", font=font, anchor="mt")
             pen.text((left - 8, at(x0, y)[1]), f"{y:.3g}", fill="black", font=font, anchor="rm")
         for name, curve in curves.items():
             pen.line([at(x, values.mean()) for x, values in zip(*curve)], fill=colours[name], width=4, joint="curve")
