@@ -132,7 +132,10 @@ METRICS = {  # title: (what it is of a report, digits in a table)
     "semantic KD to reconstructions": (lambda r: r["results"]["second_opinion"]["reconstructions"]["kd"], 2),
     "LlamaGen: bits a token": (lambda r: r["results"]["val_bits_per_token"], 3),
     "DiT: squared error": (lambda r: r["results"]["val_loss"], 4),
+    "LlamaGen: bits a token less": (lambda r: r["results"]["val_bits_per_token"], 3),
+    "DiT: squared error less": (lambda r: r["results"]["val_loss"], 4),
 }
+GAINS = ["LlamaGen: bits a token less", "DiT: squared error less"]  # than the run of the same seed without these flags
 LOSSES = ["LlamaGen: bits a token", "DiT: squared error"]
 DISTANCES = [f"random-FID@{SAMPLES}", "semantic FD", "semantic KD to reconstructions"]
 PICTURES = {  # question: (label of the x axis, metrics)
@@ -143,8 +146,8 @@ PICTURES = {  # question: (label of the x axis, metrics)
     "edges": ("log2 L", ["PSNR, dB", "entropy of a channel / log2 L", "std of the latents"]),
     "bottlenecks": ("", ["PSNR, dB", "SSIM", f"random-rFID@{SAMPLES}", "entropy / log2 of the codes", "bits a pixel"]),
     "bits": ("log2 L", ["PSNR, dB", "entropy / log2 of the codes", *DISTANCES]),
-    "repa-layer": ("aligned layer (0: none)", LOSSES),
-    "repa-weight": ("weight (0: none)", LOSSES),
+    "repa-layer": ("aligned layer (0: none)", GAINS),
+    "repa-weight": ("weight (0: none)", GAINS),
 }
 
 
@@ -304,6 +307,8 @@ def values_of(shop, question, metric):
                     report = shop.report(run, step)
                     with contextlib.suppress(KeyError, TypeError):  # None: no report, or no codes
                         value = METRICS[metric][0](report)
+                        if metric in GAINS:
+                            value = METRICS[metric][0](shop.report(run._replace(flags=()), step)) - value
                         place = ALONG[question](report) if question in ALONG else x
                         found.setdefault(name, {}).setdefault(place, []).append(value)
     if question == "repa" and metric in LOSSES:  # which the log knows at more steps

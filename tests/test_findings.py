@@ -59,3 +59,15 @@ def test_values_of_seeds_are_gathered_and_missing_reports_are_left_out():
     found = findings.values_of(Shop(), "alpha", "PSNR, dB")
     assert found["tokenizer"]["erf"] == [20.0, 21.0] and found["tokenizer"][1.6] == [21.0]
     assert findings.values_of(Shop(), "alpha", "SSIM") == {}
+
+
+def test_gains_are_those_over_the_run_of_the_same_seed():
+    class Shop:
+        steps = staticmethod(findings.Workshop.steps)
+
+        def report(self, run, step):
+            if run.model == "dit" and (run.seed == 0 or not run.flags or 8 in run.flags):
+                return {"results": {"val_loss": 2 - run.seed - (0.5 + run.seed) * (8 in run.flags)}}
+
+    found = findings.values_of(Shop(), "repa-layer", "DiT: squared error less")
+    assert found["DiT"][8] == [0.5, 1.5] and found["DiT"][2] == [0.0] and list(found) == ["DiT"]
