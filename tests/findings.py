@@ -107,7 +107,8 @@ QUESTIONS = {
     "bits": {"tokenizer": repeated("tokenizer", levels(LEVELS)),
              "8 channels": repeated("tokenizer", {round(math.log2(5), 2): ["--levels", *[5] * 8]}),
              "tokenizer, 4 times as long": repeated("tokenizer", levels(LEVELS), (0,), steps=(BASE,)),
-             **{name: repeated(model, levels(LEVELS), (0,), STEPS[model][-1:]) for model, name in MODELS.items()}},
+             **{name: {**repeated(model, levels(LEVELS), (0,), STEPS[model][-1:]), **repeated(model, levels((17,)), (0,))}
+                for model, name in MODELS.items()}},  # 17 as in other questions, in whatever order they are asked
     "repa-layer": {name: aligned(model, 4, {k: layer(k) for k in (2, 6, 8, 10, 12)}) for model, name in MODELS.items()},
     "repa-weight": {name: aligned(model, USUAL[model], {w: layer(4, "--repa-weight", w) for w in (0.25, 0.5, 1, 2, 4)
                                                         if w != USUAL[model]}) for model, name in MODELS.items()},
