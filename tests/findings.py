@@ -426,4 +426,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("findings.py: interrupted; the same command goes on from there")
