@@ -937,7 +937,8 @@ def probe(model, stage, tokens, images, unconditional, teacher, args, processes,
 def draw_curves(path, panels, xlabel, size=(340, 230)):
     """PNG of plots, at most three side by side. panels: {title: {name of a curve: (x values, y values)}}.
 
-    A curve's name has one colour in all of them. Without xlabel, x is only a place. A y may be a list: each of its values is a dot, and the line goes through their mean.
+    A curve's name has one colour in all of them. Without xlabel, x is only a place. A y may be a list: each of its values is
+    a dot, and the line goes through their mean.
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     colours = dict(zip(names, itertools.cycle(["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f"])))
