@@ -1,32 +1,35 @@
-"""Finite scalar quantization (FSQ) and iFSQ: continuous latents in, grid codes and integer tokens out.
+"""Finite scalar quantization (FSQ) and iFSQ: from continuous latents to grid codes and integers.
 
-    image -> Encoder -> z --[ this file ]--> z_q in [-1, 1] (for diffusion)  and  one integer per vector (for an AR model)
+    image -> Encoder -> z --[ this file ]--> z_q in [-1, 1] for a diffusion model
+                                             and one integer per vector for an AR model
 
-FSQ (Mentzer et al. 2023, arXiv 2309.15505) needs no codebook: squash every latent channel into (-1, 1), then round it to
-one of L values. iFSQ (arXiv 2601.17124, Algorithm 1) changes one number in it:
+FSQ (Mentzer et al. 2023, arXiv 2309.15505) needs no learned codebook. It squashes every latent
+channel into (-1, 1) and rounds it to one of L values. iFSQ (arXiv 2601.17124, Algorithm 1) changes
+one number in it, alpha, from 2.0 (for which 2*sigmoid(2z) - 1 = tanh(z)) to 1.6:
 
-    y   = 2 * sigmoid(alpha * z) - 1     alpha = 2.0: FSQ, since 2*sigmoid(2z) - 1 = tanh(z);  alpha = 1.6: iFSQ
-    q   = round(y * h),  h = (L - 1)/2   straight-through: the gradient passes as if round were the identity
-    z_q = q / h                          on the grid {-1, ..., 1}
-    index = sum_i (q_i + h_i) * basis_i  basis = [1, L_1, L_1*L_2, ...]: the first channel is the least significant digit
+    y     = 2 * sigmoid(alpha * z) - 1
+    q     = round(y * h), h = (L - 1)/2    the gradient passes as if round were the identity
+    z_q   = q / h                          on the grid {-1, ..., 1}
+    index = sum_i (q_i + h_i) * basis_i    basis = [1, L_1, L_1*L_2, ...]
 
-Why 1.6: encoder outputs are close to N(0, 1), and the sigmoid that best imitates the Gaussian CDF makes y nearly uniform,
-so no code value is starved. tanh is too steep: it crowds the values near the two ends.
+Why 1.6: the outputs of an encoder are close to N(0, 1). The sigmoid that best imitates the CDF of
+a Gaussian makes y nearly uniform, while tanh is too steep and crowds y near -1 and 1.
 
-What the paper does not say, and `edges` is for. Rounding y*h leaves the two outermost bins half as wide as the others. So
-with uniform y the *values* are spread evenly, but the *indices* are not: for z ~ N(0, 1) and L = 9 their entropy is 0.972 of
-log2(L) with alpha = 1.6 and 0.993 with tanh, whose crowding happens to fill the half bins. `edges="full"` cuts [-1, 1] into L
-bins of equal width with the codes at their centres (h = L/2 instead of (L-1)/2, and the grid ends at 1 - 1/L): entropy 0.9987,
-and a quarter less squared error in y at L = 9, 41% less at L = 5, 60% less at L = 3. That is arithmetic about a Gaussian, not a
-promise about a trained tokenizer; the default is the paper's "half". `python fsq.py` computes all these numbers.
+What the paper does not say: rounding y*h leaves the two outermost bins half as wide as the others,
+so uniform y does not mean uniform indices. For z ~ N(0, 1) and L = 9 their entropy is 0.972 of
+log2(L) with alpha = 1.6 and 0.993 with tanh, whose crowding happens to fill the half bins.
+`edges="full"` cuts [-1, 1] into L bins of equal width with the codes at their centres. It reaches
+0.9987, with 25% less squared error of y at L = 9, 41% less at L = 5 and 60% less at L = 3. This is
+arithmetic about a Gaussian and no promise about a trained tokenizer, so the default is the paper's
+"half". `python fsq.py` prints these numbers.
 
 This file needs torch alone: copy it.
 
     import torch
     from fsq import FSQ
-    fsq = FSQ([17, 17, 17, 17])                 # iFSQ at 4 bits a channel; alpha=2.0 is FSQ
-    z = torch.randn(2, 16, 16, 4)               # channels last
-    z_q, indices = fsq(z)                       # (2, 16, 16, 4) in [-1, 1], (2, 16, 16) int64 in [0, 83521)
+    fsq = FSQ([17, 17, 17, 17])            # iFSQ with 4 bits a channel; alpha=2.0 is FSQ
+    z = torch.randn(2, 16, 16, 4)          # channels last
+    z_q, indices = fsq(z)                  # (2, 16, 16, 4) in [-1, 1] and (2, 16, 16) in [0, 17^4)
     assert torch.equal(fsq.indices_to_codes(indices), z_q)
 """
 import math
@@ -38,216 +41,220 @@ EDGES = ("half", "full", "original")
 
 
 def bound(z, alpha=1.6):
-    """The paper's one line: squash z (any shape, any reals) into y in [-1, 1], in fp32.
+    """The paper's one line: z (any shape, any reals) -> y in [-1, 1], fp32.
 
-    alpha is a number (1.6 iFSQ, 2.0 FSQ = tanh, 1.702 nearest to the Gaussian CDF in the largest gap) or "erf", the
-    Gaussian CDF itself: y = 2*Phi(z) - 1, exactly uniform for z ~ N(0, 1).
+    alpha is a number or "erf", the Gaussian CDF itself, for which y is exactly uniform if
+    z ~ N(0, 1). The sigmoid nearest to that CDF has alpha = 1.702.
     """
-    z = z.float()  # bf16 has 8 bits of mantissa: rounding z to it would move 10% of the indices at 17 levels
-    return torch.erf(z / math.sqrt(2)) if alpha == "erf" else 2 * torch.sigmoid(alpha * z) - 1
-
-
-def grid(levels, edges="half"):
-    """How `levels` ((d,) or () int64) are laid out: (scale, offset, centre, unit), each of the same shape.
-
-    y is rounded as q = round(y*scale - offset), an integer in [-(L//2), (L-1)//2]; its digit is q + L//2 and its code value
-    (q + centre) / unit. An even L has no level in the middle, so its integers sit half a step off y*scale.
-      half      scale = unit = (L-1)/2: the paper; codes 2k/(L-1) - 1; the two outer bins are half as wide
-      full      scale = unit = L/2: L bins of equal width; codes (2k+1)/L - 1, the bin centres
-      original  Mentzer et al.: y stretched by 0.1% so that the end levels are reached; codes q / (L//2), which for even L
-                run from -1 to 1 - 2/L only
-    """
-    offset = (levels % 2 == 0) * 0.5
-    if edges == "original":
-        return (levels - 1) * 1.001 / 2, offset, torch.zeros_like(offset), levels // 2
-    width = (levels - 1 if edges == "half" else levels) / 2
-    return width, offset, offset, width
+    z = z.float()  # bf16 has 8 bits of mantissa: it would move 10% of the indices at 17 levels
+    if alpha == "erf":
+        return torch.erf(z / math.sqrt(2))
+    return 2 * torch.sigmoid(alpha * z) - 1
 
 
 def quantize(z, levels, alpha=1.6, edges="half"):
-    """Algorithm 1: z (..., d) -> codes z_q (..., d) fp32 in [-1, 1] and digits (..., d) int64 in [0, L).
+    """Algorithm 1: z (..., d) -> z_q (..., d) fp32 in [-1, 1] and digits (..., d) int64 in [0, L).
 
-    levels: (d,) int64 tensor or list, each >= 2, or one int for all channels. The forward value is exactly on the grid; the
-    gradient is that of the unrounded y. edges="original" with alpha=2.0 (their tanh) is the FSQ of Mentzer et al. and of the
-    projects that copied it.
+    levels: (d,) int64 tensor or list, or one integer for all channels, each at least 2.
     """
     levels = torch.as_tensor(levels, device=z.device)
-    scale, offset, centre, unit = grid(levels, edges)
-    if edges == "original":
-        z = z.float() + torch.atanh(offset / scale)  # so that z = 0 stays at code 0 for even L; 0 for odd L
-    y = bound(z, alpha)
-    # in place from here on: what takes the time is memory that is new
-    q = (y.detach() * scale).sub_(offset).round_()
-    if edges != "half":  # whose ends are out of reach; y = 1 would round up into a bin L that "full" does not have
-        q.clamp_(min=-(levels // 2), max=(levels - 1) // 2)
-    digits = q.long().add_(levels // 2)
-    if edges == "original":
-        y = y * (scale / unit)  # 1 for the others
-    return StraightThrough.apply(y, q.add_(centre).div_(unit)), digits
+    h, shift, centre = grid(levels, edges)
+    y = bound_original(z, levels, alpha) if edges == "original" else bound(z, alpha)
+    q = torch.round(y.detach() * h - shift)
+    if edges != "half":  # where y close to 1 would round up into a bin that does not exist
+        q = torch.clamp(q, -(levels // 2), (levels - 1) // 2)
+    z_q = (q + centre) / h
+    digits = torch.nan_to_num(q, nan=-2**31).long() + levels // 2  # nan is no valid digit
+    # Straight-through: exactly z_q in the forward pass, the gradient of y in the backward pass.
+    return z_q + (y - y.detach()), digits
 
 
-class StraightThrough(torch.autograd.Function):
-    """(y, z_q) -> z_q, with the gradient of y: rounding has none of its own."""
+def grid(levels, edges="half"):
+    """Where the codes lie. levels (d,) or () int64 -> h, shift and centre of the same shape.
 
-    @staticmethod
-    def forward(ctx, y, z_q):
-        return z_q.view_as(z_q)
+    q = round(y*h - shift) is an integer from -(L//2) to (L-1)//2, and its code is (q + centre) / h.
+    The shift is 1/2 for even L, which has no level in the middle, and 0 for odd L.
+      half      codes 2k/(L-1) - 1: the paper; the two outermost bins are half as wide
+      full      codes (2k+1)/L - 1: the centres of L bins of equal width
+      original  codes k/(L//2) - 1: Mentzer et al.; for even L they end at 1 - 2/L
+    """
+    shift = (levels % 2 == 0) * 0.5
+    if edges == "half":
+        return (levels - 1) / 2, shift, shift
+    if edges == "full":
+        return levels / 2, shift, shift
+    return levels // 2, shift, torch.zeros_like(shift)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
+
+def bound_original(z, levels, alpha=2.0):
+    """The bound of Mentzer et al. in units of the codes, for edges="original"; alpha=2.0 is theirs.
+
+    They stretch y by 0.1%, so that the end levels are reached, and move z, so that z = 0 stays at
+    code 0 for even L. The projects that copied their FSQ do the same.
+    """
+    half_l = (levels - 1) * 1.001 / 2
+    h, shift, _ = grid(levels, "original")
+    return bound(z.float() + torch.atanh(shift / half_l), alpha) * (half_l / h)
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantizer without parameters or buffers in the state dict.
+    """Finite scalar quantizer. It has no parameters and adds nothing to a state dict.
 
-    levels: number of code values per channel, any mix of odd and even integers >= 2; d = len(levels)
-    alpha:  1.6 = iFSQ, 2.0 = FSQ (tanh), or "erf"; see `bound`
+    levels: number of code values of each channel, odd or even, from 2 to 2^31 - 1; d = len(levels)
+    alpha:  1.6 is iFSQ, 2.0 FSQ (tanh); or "erf"; see `bound`
     edges:  "half" (the paper), "full" (equal bins) or "original" (Mentzer et al.); see `grid`
-    Raises ValueError for levels below 2, an unknown `edges`, a last dimension other than d, indices or codes outside the
-    grid, and for indices when the product of the levels exceeds int64 (`fsq(z, return_indices=False)` still works then).
+    Raises ValueError for other arguments, a last dimension other than d, indices (on a CPU) or
+    codes outside the grid, and where indices are asked for if the product of the levels exceeds
+    int64; `fsq(z, return_indices=False)` still works then.
     """
 
     def __init__(self, levels, alpha=1.6, edges="half"):
         super().__init__()
-        if not levels or any(int(level) != level or level < 2 for level in levels):
-            raise ValueError(f"levels must be integers of at least 2, not {list(levels)}")
+        levels = list(levels)
+        if not levels or any(level % 1 or not 2 <= level < 2**31 for level in levels):
+            raise ValueError(f"levels must be integers of at least 2 and below 2^31, not {levels}")
         if edges not in EDGES:
             raise ValueError(f"edges must be one of {', '.join(EDGES)}, not {edges!r}")
-        if alpha != "erf" and not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
+        is_slope = isinstance(alpha, (int, float)) and 0 < alpha < math.inf
+        if alpha != "erf" and not is_slope:
             raise ValueError(f'alpha must be a positive number or "erf", not {alpha!r}')
+        levels = [int(level) for level in levels]
         self.alpha, self.edges = alpha, edges
         self.uniform = len(set(levels)) == 1
-        self.codebook_size = math.prod(int(level) for level in levels)  # a Python integer: it may exceed int64
-        basis = [math.prod(levels[:i]) for i in range(len(levels))]
-        # integer buffers survive .half() unrounded; non-persistent, so that a state dict stays free of them
-        self.register_buffer("levels", torch.tensor(list(levels), dtype=torch.int64), persistent=False)
-        self.register_buffer("basis", torch.tensor([b if b < 2**63 else 0 for b in basis], dtype=torch.int64), persistent=False)
+        self.codebook_size = math.prod(levels)  # a Python integer, since it may exceed int64
+        # Integer buffers survive .half() unrounded. `_check_fits` keeps an overflown basis unused.
+        basis = torch.cumprod(torch.tensor([1] + levels[:-1]), 0)
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.register_buffer("basis", basis, persistent=False)
 
     def forward(self, z, return_indices=True):
-        """z (..., d), any float dtype -> z_q (..., d) in [-1, 1] of the same dtype, indices (...) int64 or None."""
+        """z (..., d), any float -> z_q (..., d) of the same dtype, indices (...) int64 or None."""
         self._check_last_dim(z)
-        if z.device.type == "cpu" and z.numel() > 2**21:  # parts that reuse their memory: a third of the time
-            parts = z.flatten(0, -2).split(2**19 // len(self.levels) + 1)
-            z_q, indices = zip(*(self(part, return_indices) for part in parts))
-            return torch.cat(z_q).view(z.shape), torch.cat(indices).view(z.shape[:-1]) if return_indices else None
-        levels = self.levels[0] if self.uniform else self.levels  # on a CPU one number is 3 times as fast as one a channel
+        # One number for all channels takes two thirds of the time of a tensor of d on a CPU.
+        levels = self.levels[0] if self.uniform else self.levels
         z_q, digits = quantize(z, levels, self.alpha, self.edges)
-        return z_q.to(z.dtype), self.digits_to_indices(digits) if return_indices else None
+        indices = self.digits_to_indices(digits) if return_indices else None
+        return z_q.to(z.dtype), indices
 
     def digits_to_indices(self, digits):
-        """(..., d) int64, digit i in [0, L_i) -> (...) int64: mixed radix, the first channel least significant."""
+        """digits (..., d) int64, the i-th in [0, L_i) -> indices (...) int64."""
         self._check_fits()
-        index = digits[..., -1]  # integers: floats lose whole codes from L = 27 on, and past 2^24
-        for i in reversed(range(len(self.levels) - 1)):
-            index = index * self.levels[i] + digits[..., i]
-        return index
+        return (digits * self.basis).sum(-1)  # in integers, since fp32 loses codes above 2^24
 
     def indices_to_digits(self, indices):
-        """(...) int64 in [0, codebook_size) -> (..., d) int64: the inverse of `digits_to_indices`."""
+        """indices (...) int64 in [0, codebook_size) -> digits (..., d) int64."""
         self._check_fits()
-        if indices.numel() and not (indices.min() >= 0 and indices.max() < self.codebook_size):
-            raise ValueError(f"indices must be in [0, {self.codebook_size}), got [{indices.min()}, {indices.max()}]")
+        # DiT calls this in every step. On a GPU, reading a value back would stall the step.
+        if indices.device.type == "cpu" and indices.numel():
+            low, high = indices.min(), indices.max()
+            if low < 0 or high >= self.codebook_size:
+                size = self.codebook_size
+                raise ValueError(f"indices must be in [0, {size}), got [{low}, {high}]")
         return indices.long().unsqueeze(-1) // self.basis % self.levels
 
     def codes_to_indices(self, codes):
-        """Grid codes (..., d) -> (...) int64; values a little off the grid go to the nearest code."""
+        """codes (..., d) -> indices (...) int64; values a little off the grid go to the nearest."""
         self._check_last_dim(codes)
-        _, _, centre, unit = grid(self.levels, self.edges)
-        digits = torch.round(codes.float() * unit - centre).long() + self.levels // 2
+        h, _, centre = grid(self.levels, self.edges)
+        digits = torch.round(codes.float() * h - centre).long() + self.levels // 2
         if not ((digits >= 0) & (digits < self.levels)).all():
             raise ValueError("codes lie outside the grid of these levels: quantize them first")
         return self.digits_to_indices(digits)
 
     def indices_to_codes(self, indices):
-        """(...) int64 -> (..., d) fp32 codes: the inverse of `codes_to_indices`, by arithmetic, without a table."""
-        _, _, centre, unit = grid(self.levels, self.edges)
-        return (self.indices_to_digits(indices) - self.levels // 2 + centre) / unit
+        """indices (...) int64 -> codes (..., d) fp32, by arithmetic, without a table."""
+        h, _, centre = grid(self.levels, self.edges)
+        return (self.indices_to_digits(indices) - self.levels // 2 + centre) / h
 
     def extra_repr(self):
         return f"levels={self.levels.tolist()}, alpha={self.alpha}, edges={self.edges!r}"
 
     def _check_last_dim(self, z):
         if z.shape[-1:] != self.levels.shape:
-            raise ValueError(f"the last dimension must be {len(self.levels)} (one per level), got shape {tuple(z.shape)}")
+            raise ValueError(f"the last dimension must be {len(self.levels)} (one per level), "
+                             f"got shape {tuple(z.shape)}")
 
     def _check_fits(self):
         if self.codebook_size >= 2**63:
-            raise ValueError(f"the product of levels {self.levels.tolist()} does not fit in int64: take fewer or smaller "
-                             "levels, or quantize with return_indices=False")
+            raise ValueError(f"the product of levels {self.levels.tolist()} does not fit in int64: "
+                             "take fewer or smaller levels, or quantize with return_indices=False")
 
 
 class CodeUsage:
-    """How a whole data set uses the codes: an exact histogram of indices, sparse, so that it works for any codebook.
+    """How often a data set uses each code: an exact, sparse histogram of its indices.
 
     Measure it over a data set, never per batch: a batch of 1,000 tokens cannot use 83,521 codes.
-
-        usage = CodeUsage([17, 17, 17, 17])
-        for ...: usage.update(indices)          # any shape, int64
-        usage.all_reduce()                      # under torch.distributed: the sum over all ranks
-        usage.report()["entropy_bits"]
+    Call `update` for every batch, under torch.distributed `all_reduce` once, then `report`.
     """
 
     def __init__(self, levels):
         self.fsq = FSQ(levels)
-        self.values = torch.zeros(0, dtype=torch.int64)  # the codes seen so far, and
-        self.counts = torch.zeros(0, dtype=torch.int64)  # how often
+        self.indices = torch.zeros(0, dtype=torch.int64)  # those that have occurred,
+        self.counts = torch.zeros(0, dtype=torch.int64)   # and how often
 
     def update(self, indices):
-        """Count indices (any shape, int64, in range)."""
-        values, counts = torch.unique(indices.detach().cpu(), return_counts=True)
-        self._add([self.values, values], [self.counts, counts])
+        """Count indices (any shape) int64, in range."""
+        indices, counts = torch.unique(indices.detach().cpu(), return_counts=True)
+        self._merge([self.indices, indices], [self.counts, counts])
 
     def all_reduce(self):
-        """Sum the histograms of all ranks of the default process group; afterwards every rank holds the sum."""
-        shares = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(shares, (self.values, self.counts))
-        self._add([values for values, _ in shares], [counts for _, counts in shares])
+        """Sum the histograms of all ranks: every rank holds the sum afterwards."""
+        histograms = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(histograms, (self.indices, self.counts))
+        self._merge(*zip(*histograms))
 
     def report(self):
-        """Use (share of codes that occur), entropy (bits) and perplexity (2^entropy), joint and of each channel."""
-        joint = _spread(self.counts, self.fsq.codebook_size)
-        digits = self.fsq.indices_to_digits(self.values)
+        """Use (share of codes that occur), entropy (bits), perplexity: joint and per channel."""
+        size = self.fsq.codebook_size
+        digits = self.fsq.indices_to_digits(self.indices)
         channels = []
         for i, level in enumerate(self.fsq.levels.tolist()):
-            histogram = torch.zeros(level, dtype=torch.int64).index_add_(0, digits[:, i], self.counts)
+            histogram = torch.zeros(level, dtype=torch.int64)
+            histogram.index_add_(0, digits[:, i], self.counts)
             channels.append({**_spread(histogram, level), "histogram": histogram.tolist()})
-        return {"tokens": int(self.counts.sum()), "codes_used": len(self.values), "codebook_size": self.fsq.codebook_size,
-                **joint, "bits_per_token": math.log2(self.fsq.codebook_size), "channels": channels}
+        totals = {"tokens": self.counts.sum().item(), "codes_used": len(self.indices)}
+        sizes = {"codebook_size": size, "bits_per_token": math.log2(size)}
+        return {**totals, **sizes, **_spread(self.counts, size), "channels": channels}
 
-    def _add(self, values, counts):
-        self.values, inverse = torch.unique(torch.cat(values), return_inverse=True)
-        self.counts = torch.zeros_like(self.values).index_add_(0, inverse, torch.cat(counts))
+    def _merge(self, indices, counts):
+        self.indices, inverse = torch.unique(torch.cat(indices), return_inverse=True)
+        self.counts = torch.zeros_like(self.indices)
+        self.counts.index_add_(0, inverse, torch.cat(counts))
 
 
 def _spread(counts, size):
-    p = counts[counts > 0].double()
-    p = p / p.sum()
-    entropy = -(p * p.log2()).sum().item() + 0.0  # + 0.0 turns the -0.0 of a single code into 0.0
+    p = counts[counts > 0] / counts.sum().double()
+    entropy = torch.special.entr(p).sum().item() / math.log(2)
     return {"use": len(p) / size, "entropy_bits": entropy, "perplexity": 2**entropy}
 
 
 def analyse(level, alpha, edges, n=1 << 19):
-    """One channel fed with z ~ N(0, 1): what `python fsq.py` prints as a row.
+    """One channel fed with z ~ N(0, 1): a row of the table that `python fsq.py` prints.
 
-    The n samples are the Gaussian's quantiles at (i + 0.5)/n, so that the figures are exact to about 1/n and repeat.
-    Returns ks (largest gap between the CDF of y and the uniform one), entropy (of the indices, as a share of log2 L),
-    least and most (probability of the rarest and commonest index, times L), mse (mean of (y - z_q)^2).
+    The samples are the Gaussian's n quantiles at (i + 0.5)/n: the results are exact to about 1/n.
+    Returns ks (largest gap between the CDF of y and the uniform one), entropy (of the indices, as
+    a share of log2 L), least and most (probability of the rarest and the commonest index, times L),
+    and mse (mean of (y - z_q)^2).
     """
-    z = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    z = torch.special.ndtri(uniform)
     y = bound(z, alpha).double()
-    ks = ((y + 1) / 2 - (torch.arange(n) + 0.5) / n).abs().max()
-    z_q, digits = quantize(z[:, None], [level], alpha, edges)
-    p = torch.bincount(digits[:, 0], minlength=level).double() / n
-    entropy = -(p[p > 0] * p[p > 0].log2()).sum() / math.log2(level)
-    return {"ks": ks.item(), "entropy": entropy.item(), "least": p.min().item() * level, "most": p.max().item() * level,
-            "mse": (y - z_q[:, 0]).square().mean().item()}
+    z_q, digits = quantize(z, level, alpha, edges)
+    p = torch.bincount(digits, minlength=level) / n
+    return {
+        "ks": ((y + 1) / 2 - uniform).abs().max().item(),
+        "entropy": _spread(p, level)["entropy_bits"] / math.log2(level),
+        "least": p.min().item() * level,
+        "most": p.max().item() * level,
+        "mse": (y - z_q).square().mean().item(),
+    }
 
 
 def main():
-    print("z ~ N(0,1). ks: largest gap of the CDF of y to the uniform one. entropy: of the indices, share of log2(L).\n"
-          "least, most: probability of the rarest and the commonest index times L (1 = fair). mse: mean (y - z_q)^2.\n")
-    print(f"{'L':>3} {'edges':<6} {'alpha':<12} {'ks':>7} {'entropy':>8} {'least':>6} {'most':>6} {'mse':>9}")
+    print("z ~ N(0,1). ks: largest gap of the CDF of y to the uniform one.\n"
+          "entropy: of the indices, as a share of log2(L). mse: mean of (y - z_q)^2.\n"
+          "least, most: probability of the rarest and the commonest index, times L (1 = fair).\n\n"
+          "  L edges  alpha             ks  entropy  least   most       mse")
     names = {2.0: "2.0 (tanh)", 1.6: "1.6 (iFSQ)", 1.702: "1.702", "erf": "erf"}
     for level in (3, 5, 9, 17, 33):
         for edges in ("half", "full"):

@@ -1,26 +1,32 @@
-"""The image tokenizer: one conv autoencoder that serves both a diffusion and an autoregressive generator.
+"""The image tokenizer: one conv autoencoder that serves diffusion and autoregressive generators.
 
-    x (B,3,H,W) in [-1, 1] --Encoder, quant_conv--> pre (B,d,h,w) --bottleneck--> z (B,d,h,w) and indices (B,h,w)
+    x (B,3,H,W) in [-1, 1] --Encoder, quant_conv--> pre (B,d,h,w)
+    pre --bottleneck--> z (B,d,h,w) and indices (B,h,w)
     z --post_quant_conv, Decoder--> reconstruction (B,3,H,W)
 
-Because iFSQ's z lies on a finite grid, the integers `indices` *are* the latents: LlamaGen models the integers, DiT models
-z = indices_to_codes(integers), and the same `decode` turns either back into pixels (arXiv 2601.17124, section 3).
+Because iFSQ's z lies on a finite grid, the integers `indices` *are* the latents: LlamaGen models
+the integers, DiT models z = latents_of(indices), and the same `decode` turns either back into
+pixels (arXiv 2601.17124, section 3).
 
-Five bottlenecks share the body, so that they can be compared: `ifsq` and `fsq` (fsq.py), `vq` (a learned codebook, van den
-Oord et al. 2017), `vae` (a Gaussian posterior, Kingma & Welling 2014) and `ae` (nothing at all). The losses that train it
-follow VQGAN (Esser et al. 2021): L1 + LPIPS (Zhang et al. 2018), later a PatchGAN critic. Layer and parameter names are
-those of Tencent-Hunyuan/iFSQ, so that its checkpoints load with strict=True.
+Five bottlenecks share the body, so that they can be compared: `ifsq` and `fsq` (fsq.py), `vq` (a
+learned codebook, van den Oord et al. 2017), `vae` (a Gaussian posterior, Kingma & Welling 2014)
+and `ae` (nothing at all). The losses follow VQGAN (Esser et al. 2021): L1 and LPIPS (Zhang et al.
+2018), later a PatchGAN discriminator. Layers and parameters have the names of Tencent-Hunyuan/iFSQ,
+so that its checkpoints load with strict=True.
 
-Letters: B batch, C channels, H W pixels, h w latent grid (H/h = the downsampling factor), d latent dims.
+Letters: B batch, C channels, H W pixels, h w latent grid, d latent channels.
 
     import torch
     from tokenizer import Tokenizer
-    tokenizer = Tokenizer("ifsq", levels=[17] * 4, hidden=32, multipliers=[1, 2, 2])  # 2 halvings: 4x down
+    tokenizer = Tokenizer("ifsq", levels=[17] * 4, hidden=32, multipliers=[1, 2, 2])  # 4x down
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     z, indices = tokenizer.encode(x)                          # (1, 4, 8, 8), (1, 8, 8)
     assert torch.allclose(tokenizer.decode_indices(indices), tokenizer.decode(z), atol=1e-5)
 """
+import hashlib
 import math
+import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,22 +35,27 @@ from torch import nn
 from fsq import FSQ
 
 QUANTIZERS = ("ifsq", "fsq", "vq", "vae", "ae")
+SLOPES = {"ifsq": 1.6, "fsq": 2.0}  # alpha of the scalar quantizers
 
-# ------------------------------------------------------------------------------------------------ encoder and decoder
+# ------------------------------------------------------------------------------ encoder and decoder
 
 
-def norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def norm(channels, num_groups):
+    return nn.GroupNorm(num_groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    """(B,C_in,H,W) -> (B,C_out,H,W): two 3x3 convolutions on the normalised input, added to it."""
+    """(B,C_in,H,W) -> (B,C_out,H,W): two normalised 3x3 convolutions, added to their input."""
 
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in, c_out, num_groups):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.norm1 = norm(c_in, num_groups)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out, num_groups)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Identity()
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -53,17 +64,21 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """(B,C,H,W) -> (B,C,H,W): one head of self-attention over the H*W positions. The paper's tokenizer uses none."""
+    """(B,C,H,W) -> (B,C,H,W): self-attention over the positions. The paper uses none."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, num_groups):
         super().__init__()
-        self.norm = norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Linear(channels, channels) for _ in range(4))
+        self.norm = norm(channels, num_groups)
+        self.q = nn.Linear(channels, channels)
+        self.k = nn.Linear(channels, channels)
+        self.v = nn.Linear(channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x):
-        h = self.norm(x).flatten(2).transpose(1, 2)                                     # (B, H*W, C)
-        h = F.scaled_dot_product_attention(*(f(h)[:, None] for f in (self.q, self.k, self.v)))[:, 0]
-        return x + self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[2:])           # (B, C, H, W)
+        h = self.norm(x).flatten(2).transpose(1, 2)                        # (B, H*W, C)
+        h = F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))
+        h = self.proj_out(h).transpose(1, 2)                               # (B, C, H*W)
+        return x + h.unflatten(2, x.shape[2:])
 
 
 class Downsample(nn.Module):
@@ -88,15 +103,23 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
-    """The blocks of one resolution: residual blocks, each followed by attention if asked for, then a change of size."""
+def mid_block(channels, num_blocks, num_groups):
+    return nn.Sequential(*(ResnetBlock(channels, channels, num_groups) for _ in range(num_blocks)))
 
-    def __init__(self, c_in, c_out, num_blocks, attention, downsample=False, upsample=False):
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention if there is any."""
+
+    def __init__(self, c_in, c_out, num_blocks, attention, num_groups):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(num_blocks))
-        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(num_blocks if attention else 0))
-        self.downsample = Downsample(c_out) if downsample else nn.Identity()
-        self.upsample = Upsample(c_out) if upsample else nn.Identity()
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for i in range(num_blocks):
+            self.block.append(ResnetBlock(c_out if i else c_in, c_out, num_groups))
+            if attention:
+                self.attn.append(AttnBlock(c_out, num_groups))
+        self.downsample = nn.Identity()  # the encoder and the decoder each replace one of the two
+        self.upsample = nn.Identity()
 
     def forward(self, x):
         for i, block in enumerate(self.block):
@@ -107,59 +130,67 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B,3,H,W) -> (B, 2*z_channels, h, w), h = H / 2^(levels - 1)."""
+    """(B,3,H,W) -> (B, 2*z_channels, h, w), h = H / 2^(len(multipliers) - 1)."""
 
-    def __init__(self, hidden, multipliers, num_res_blocks, attn_levels, z_channels):
+    def __init__(self, hidden, multipliers, num_res_blocks, attn_levels, z_channels, num_groups):
         super().__init__()
-        widths = [hidden * m for m in multipliers]
-        last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, hidden, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[i - 1] if i else hidden, widths[i], num_res_blocks, i in attn_levels, downsample=i < last)
-            for i in range(len(widths)))
-        self.mid_block = nn.Sequential(*(ResnetBlock(widths[-1], widths[-1]) for _ in range(num_res_blocks)))
-        self.norm_out = norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)  # a VAE's mean and log-variance; kept by all
+        self.down = nn.ModuleList()
+        width = hidden
+        for i, multiplier in enumerate(multipliers):
+            c_in, width = width, hidden * multiplier
+            level = Level(c_in, width, num_res_blocks, i in attn_levels, num_groups)
+            if i < len(multipliers) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid_block = mid_block(width, num_res_blocks, num_groups)
+        self.norm_out = norm(width, num_groups)
+        # Twice z_channels, for the mean and the log-variance of a VAE. All bottlenecks keep it.
+        self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
 
     def forward(self, x):
-        h = self.conv_in(x)                                                             # (B, hidden, H, W)
+        h = self.conv_in(x)                                                # (B, hidden, H, W)
         for level in self.down:
-            h = level(h)                                                                # (B, hidden*m_i, H/2^i, W/2^i)
-        return self.conv_out(F.silu(self.norm_out(self.mid_block(h))))                  # (B, 2*z_channels, h, w)
+            h = level(h)                                                   # (B, C_i, H/2^i, W/2^i)
+        h = self.norm_out(self.mid_block(h))                               # (B, C_last, h, w)
+        return self.conv_out(F.silu(h))                                    # (B, 2*z_channels, h, w)
 
 
 class Decoder(nn.Module):
-    """(B, z_channels, h, w) -> (B,3,H,W): the encoder mirrored, with one residual block more per resolution."""
+    """(B, z_channels, h, w) -> (B,3,H,W): the encoder mirrored, with one more block per level."""
 
-    def __init__(self, hidden, multipliers, num_res_blocks, attn_levels, z_channels):
+    def __init__(self, hidden, multipliers, num_res_blocks, attn_levels, z_channels, num_groups):
         super().__init__()
-        widths = [hidden * m for m in multipliers]
-        last = len(widths) - 1
+        widths = [hidden * multiplier for multiplier in multipliers]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid_block = nn.Sequential(*(ResnetBlock(widths[-1], widths[-1]) for _ in range(num_res_blocks)))
-        self.up = nn.ModuleList(
-            Level(widths[min(i + 1, last)], widths[i], num_res_blocks + 1, i in attn_levels, upsample=i > 0)
-            for i in range(len(widths)))
-        self.norm_out = norm(widths[0])
+        self.mid_block = mid_block(widths[-1], num_res_blocks, num_groups)
+        self.up = nn.ModuleList()
+        inputs = widths[1:] + widths[-1:]  # level i comes after level i + 1
+        for i, (c_in, width) in enumerate(zip(inputs, widths)):
+            level = Level(c_in, width, num_res_blocks + 1, i in attn_levels, num_groups)
+            if i > 0:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = norm(widths[0], num_groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
-        h = self.mid_block(self.conv_in(z))                                             # (B, hidden*m_last, h, w)
+        h = self.mid_block(self.conv_in(z))                                # (B, C_last, h, w)
         for level in reversed(self.up):
-            h = level(h)                                                                # (B, hidden*m_i, H/2^i, W/2^i)
-        return self.conv_out(F.silu(self.norm_out(h)))                                  # (B, 3, H, W)
+            h = level(h)                                                   # (B, C_i, H/2^i, W/2^i)
+        return self.conv_out(F.silu(self.norm_out(h)))                     # (B, 3, H, W)
 
 
-# ------------------------------------------------------------------------------------------------ bottlenecks
-# Each maps pre (B,c,h,w) fp32, the output of quant_conv, to (z, indices, loss): the latent (B,d,h,w) that the decoder sees,
-# one int64 per position (B,h,w) or None, and a scalar to add to the training loss.
+# -------------------------------------------------------------------------------------- bottlenecks
+# Each maps pre (B,c,h,w) fp32, the output of quant_conv, to the latents z (B,d,h,w), one int64 per
+# position (B,h,w) or None, and a scalar to add to the training loss.
 
 
 class Bottleneck(nn.Module):
-    """The continuous autoencoder, and the running statistics that it shares with the quantizers below.
+    """The continuous autoencoder, and the running statistics that the quantizers below inherit.
 
-    As in the public code, the mean and variance of `pre` are tracked (momentum 0.1) and saved but never used: they show at
-    a glance whether the latents stay near the N(0, 1) that iFSQ assumes.
+    As in the public code, the mean and the variance of `pre` are tracked (momentum 0.1) and saved,
+    but never used. They show whether the latents stay near the N(0, 1) that iFSQ assumes.
     """
 
     def __init__(self, dim):
@@ -167,12 +198,12 @@ class Bottleneck(nn.Module):
         self.register_buffer("running_mean", torch.zeros(1, dim, 1, 1))
         self.register_buffer("running_var", torch.ones(1, dim, 1, 1))
 
+    @torch.no_grad()
     def track(self, pre):
         if self.training:
-            with torch.no_grad():
-                var, mean = torch.var_mean(pre, (0, 2, 3), correction=0, keepdim=True)
-                self.running_mean.lerp_(mean, 0.1)
-                self.running_var.lerp_(var, 0.1)
+            var, mean = torch.var_mean(pre, (0, 2, 3), correction=0, keepdim=True)
+            self.running_mean.lerp_(mean, 0.1)
+            self.running_var.lerp_(var, 0.1)
 
     def forward(self, pre):
         self.track(pre)
@@ -180,7 +211,7 @@ class Bottleneck(nn.Module):
 
 
 class ScalarQuantizer(Bottleneck):
-    """FSQ and iFSQ: see fsq.py. No loss of its own, nothing to learn."""
+    """FSQ and iFSQ: see fsq.py. There is nothing to learn and no loss."""
 
     def __init__(self, levels, alpha, edges):
         super().__init__(len(levels))
@@ -188,18 +219,18 @@ class ScalarQuantizer(Bottleneck):
 
     def forward(self, pre):
         self.track(pre)
-        z, indices = self.fsq(pre.movedim(1, -1))                                       # (B,h,w,d), (B,h,w)
+        z, indices = self.fsq(pre.movedim(1, -1))                          # (B,h,w,d), (B,h,w)
         return z.movedim(-1, 1), indices, pre.new_zeros(())
 
-    def codes(self, indices):
-        """(B,h,w) int64 -> (B,d,h,w)."""
+    def latents_of(self, indices):
         return self.fsq.indices_to_codes(indices).movedim(-1, 1)
 
 
 class VectorQuantizer(Bottleneck):
-    """VQ-VAE: the nearest of n learned vectors. `beta` weighs the codebook term and the commitment term has weight 1.
+    """VQ-VAE: the nearest of n learned vectors.
 
-    Other code does it the other way round; this is VQGAN's "legacy" loss, which the public iFSQ code trains with.
+    `beta` is the weight of the codebook term, and the commitment term has weight 1. This is VQGAN's
+    "legacy" loss, with which the public iFSQ code trains; other code has it the other way round.
     """
 
     def __init__(self, dim, codebook_size, beta):
@@ -210,27 +241,31 @@ class VectorQuantizer(Bottleneck):
 
     def forward(self, pre):
         self.track(pre)
-        x = pre.movedim(1, -1)                                                          # (B,h,w,d)
-        # |x - e|^2 without its |x|^2, which is the same for all e; by parts, since (B*h*w, n) floats can fill the memory
-        e = self.embedding.weight.float()
-        parts = x.detach().reshape(-1, e.shape[1]).split(max(1, 2**24 // len(e)))
-        indices = torch.cat([torch.addmm(e.square().sum(1), part, e.T, alpha=-2).argmin(1) for part in parts])
-        indices = indices.view(x.shape[:-1])                                            # (B,h,w)
-        q = self.embedding(indices).float()                                             # (B,h,w,d)
+        x = pre.movedim(1, -1)                                             # (B,h,w,d)
+        indices = self.nearest(x.detach().flatten(0, 2)).view(x.shape[:3])
+        q = self.embedding(indices).float()                                # (B,h,w,d)
         loss = F.mse_loss(x, q.detach()) + self.beta * F.mse_loss(q, x.detach())
-        return (q.detach() + (x - x.detach())).movedim(-1, 1), indices, loss            # straight-through
+        z = q.detach() + (x - x.detach())  # straight-through, as in fsq.py
+        return z.movedim(-1, 1), indices, loss
 
-    def codes(self, indices):
-        """(B,h,w) int64 -> (B,d,h,w)."""
+    def nearest(self, x):
+        """x (B*h*w, d) -> (B*h*w) int64, by |x - e|^2 without |x|^2, which all vectors e share."""
+        e = self.embedding.weight.float()                                  # (n, d)
+        squares = e.square().sum(1)
+        rows = max(1, 2**24 // len(e))  # the whole (B*h*w, n) table of distances may be too large
+        return torch.cat([(squares - 2 * part @ e.T).argmin(1) for part in x.split(rows)])
+
+    def latents_of(self, indices):
         return self.embedding(indices).movedim(-1, 1)
 
 
 class DiagonalGaussian(nn.Module):
-    """VAE: pre (B,2d,h,w) holds mean and log-variance. z is a draw in training and the mean in evaluation."""
+    """VAE: pre (B,2d,h,w) is mean and log-variance. z is a draw in training, else the mean."""
 
     def forward(self, pre):
         mean, logvar = self.moments(pre)
-        z = mean + (logvar / 2).exp() * torch.randn_like(mean) if self.training else mean
+        noise = torch.randn_like(mean) if self.training else 0
+        z = mean + (logvar / 2).exp() * noise
         return z, None, self.kl(mean, logvar).mean()
 
     @staticmethod
@@ -241,7 +276,7 @@ class DiagonalGaussian(nn.Module):
 
     @staticmethod
     def kl(mean, logvar):
-        """KL(N(mean, e^logvar) || N(0, 1)), nats, summed over the latent: (B,)."""
+        """KL(N(mean, e^logvar) || N(0, 1)) in nats, summed over the latents of an image: (B,)."""
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3))
 
 
@@ -250,126 +285,156 @@ class Tokenizer(nn.Module):
 
     quantizer:      one of QUANTIZERS
     levels:         code values per latent channel; d = len(levels) for every bottleneck
-    alpha:          the sigmoid's slope of ifsq and fsq, by default 1.6 and 2.0; fsq.py has the story
-    edges:          "half" (the paper), "full" or "original"; see fsq.py
-    hidden, multipliers, num_res_blocks: widths hidden*m at each resolution, len(multipliers) - 1 halvings
-    attn_levels:    indices of the resolutions (0 = full) that get attention
-    z_channels:     channels between the two 1x1 convolutions and the body; by default d
-    num_groups:     of every GroupNorm; 32 as in the paper. Narrow layers want fewer: 32 groups of 32 channels are an
-                    instance norm, which takes from each channel how bright and how rich in contrast the image is
-    codebook_size, beta: of vq; the size is by default the product of the levels, so that it spends the same bits
+    alpha, edges:   of ifsq and fsq: see fsq.py; alpha is 1.6 and 2.0 by default
+    hidden, multipliers, num_res_blocks: width hidden*m and number of blocks at each resolution;
+                    there are len(multipliers) - 1 halvings
+    attn_levels:    indices of the resolutions (0 is the full one) that get attention
+    z_channels:     channels between the two 1x1 convolutions and the body; d by default
+    num_groups:     of every GroupNorm. 32 groups of 32 channels are an instance norm, which takes
+                    brightness and contrast away from each channel, so narrow layers want fewer
+    codebook_size, beta: of vq. The size is by default the product of the levels: the same bits
     Raises ValueError for values that do not fit together.
     """
 
-    def __init__(self, quantizer="ifsq", levels=(17, 17, 17, 17), alpha=None, edges="half", hidden=128,
-                 multipliers=(1, 1, 2, 4, 4), num_res_blocks=2, attn_levels=(), z_channels=None, num_groups=32,
-                 codebook_size=None, beta=0.25):
+    def __init__(self, quantizer="ifsq", levels=(17, 17, 17, 17), alpha=None, edges="half",
+                 hidden=128, multipliers=(1, 1, 2, 4, 4), num_res_blocks=2, attn_levels=(),
+                 z_channels=None, num_groups=32, codebook_size=None, beta=0.25):
         super().__init__()
         if quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, not {quantizer!r}")
-        if any(hidden * m % math.lcm(32, num_groups) for m in multipliers):
-            raise ValueError("hidden * multipliers must be multiples of 32 (for GroupNorm), "
-                             f"got {[hidden * m for m in multipliers]}")
+        widths = [hidden * multiplier for multiplier in multipliers]
+        if any(width % num_groups for width in [hidden, *widths]):
+            raise ValueError(f"hidden and hidden * multipliers ({hidden}, {widths}) must be "
+                             f"multiples of num_groups ({num_groups})")
         d = len(levels)
         z_channels = z_channels or d
-        self.quantizer, self.levels, self.downsample = quantizer, list(levels), 2 ** (len(multipliers) - 1)
-        self.encoder = Encoder(hidden, multipliers, num_res_blocks, attn_levels, z_channels)
-        self.decoder = Decoder(hidden, multipliers, num_res_blocks, attn_levels, z_channels)
-        for layer in self.modules():
-            if isinstance(layer, nn.GroupNorm):
-                layer.num_groups = num_groups  # set here, not handed down to every block: no weight depends on it
+        body = (hidden, multipliers, num_res_blocks, attn_levels, z_channels, num_groups)
+        self.quantizer = quantizer
+        self.levels = list(levels)
+        self.latent_dim = d
+        self.downsample = 2 ** (len(multipliers) - 1)
+        self.encoder = Encoder(*body)
+        self.decoder = Decoder(*body)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * d if quantizer == "vae" else d, 1)
         self.post_quant_conv = nn.Conv2d(d, z_channels, 1)
-        if quantizer in ("ifsq", "fsq"):
-            alpha = alpha or {"ifsq": 1.6, "fsq": 2.0}[quantizer]
+        if quantizer in SLOPES:
+            alpha = SLOPES[quantizer] if alpha is None else alpha
             self.quantize = ScalarQuantizer(levels, alpha, edges)
         elif quantizer == "vq":
-            self.levels = [codebook_size or math.prod(levels)]  # one digit per token
-            if self.levels[0] > 2**24:
-                raise ValueError(f"a learned codebook of {self.levels[0]} vectors is too large: "
-                                 "give codebook_size or smaller levels")
-            self.quantize = VectorQuantizer(d, self.levels[0], beta)
+            size = math.prod(levels) if codebook_size is None else codebook_size
+            if not 2 <= size <= 2**24:
+                raise ValueError(f"a learned codebook has 2 to 2^24 vectors, not {size}: "
+                                 "give another codebook_size or other levels")
+            self.levels = [size]  # one digit per token
+            self.quantize = VectorQuantizer(d, size, beta)
+        elif quantizer == "vae":
+            self.quantize = DiagonalGaussian()
         else:
-            self.quantize = DiagonalGaussian() if quantizer == "vae" else Bottleneck(d)
+            self.quantize = Bottleneck(d)
 
     @property
     def discrete(self):
-        """Whether `encode` yields indices: without them there is nothing for an AR model to predict."""
+        """Whether there are indices. Without them an AR model has nothing to predict."""
         return self.quantizer in ("ifsq", "fsq", "vq")
 
-    def bottleneck(self, x):
-        """x (B,3,H,W) in [-1, 1] -> (z (B,d,h,w), indices (B,h,w) int64 or None, scalar loss), z in fp32.
+    def pre(self, x):
+        """x (B,3,H,W) in [-1, 1] -> what comes into the bottleneck, (B,d,h,w) fp32; 2d for a vae.
 
         Raises ValueError if H or W is not a multiple of the downsampling factor.
         """
-        if x.shape[2] % self.downsample or x.shape[3] % self.downsample:
-            raise ValueError(f"image height and width must be multiples of {self.downsample}, got {x.shape[2]} x {x.shape[3]}")
-        moments = self.encoder(x)                                                       # (B, 2*z_channels, h, w)
-        with torch.autocast(x.device.type, enabled=False):  # the last layer and all after it in fp32: see fsq.bound
-            return self.quantize(self.quant_conv(moments.float()))
+        height, width = x.shape[2:]
+        if height % self.downsample or width % self.downsample:
+            raise ValueError(f"image height and width must be multiples of {self.downsample}, "
+                             f"got {height} x {width}")
+        moments = self.encoder(x)                                          # (B, 2*z_channels, h, w)
+        # The last layer and all that follows run in fp32 under autocast too: see fsq.bound.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.quant_conv(moments.float())
+
+    def bottleneck(self, x):
+        """x (B,3,H,W) in [-1, 1] -> z (B,d,h,w) fp32, indices (B,h,w) int64 or None, scalar loss."""
+        pre = self.pre(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.quantize(pre)
 
     def encode(self, x):
-        """x (B,3,H,W) in [-1, 1] -> z (B,d,h,w), in [-1, 1] for ifsq and fsq, and indices (B,h,w) int64 or None."""
-        return self.bottleneck(x)[:2]
+        """x (B,3,H,W) in [-1, 1] -> z (B,d,h,w) and indices (B,h,w) int64 or None."""
+        z, indices, _ = self.bottleneck(x)
+        return z, indices
 
     def decode(self, z):
         """z (B,d,h,w) -> reconstruction (B,3,H,W), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(z))
 
-    def decode_indices(self, indices):
-        """indices (B,h,w) int64 -> reconstruction (B,3,H,W). Raises ValueError for vae and ae, which have none."""
+    def latents_of(self, indices):
+        """indices (B,h,w) int64 -> z (B,d,h,w). Raises ValueError for vae and ae."""
         if not self.discrete:
-            raise ValueError(f"a {self.quantizer} tokenizer has continuous latents and no indices: use decode(z)")
-        return self.decode(self.quantize.codes(indices))
+            raise ValueError(f"a {self.quantizer} tokenizer has continuous latents and no indices")
+        return self.quantize.latents_of(indices)
+
+    def decode_indices(self, indices):
+        """indices (B,h,w) int64 -> reconstruction (B,3,H,W)."""
+        return self.decode(self.latents_of(indices))
 
     def forward(self, x):
-        """x (B,3,H,W) in [-1, 1] -> (reconstruction (B,3,H,W), indices (B,h,w) or None, the bottleneck's scalar loss)."""
+        """x (B,3,H,W) in [-1, 1] -> reconstruction (B,3,H,W), indices or None, scalar loss."""
         z, indices, loss = self.bottleneck(x)
         return self.decode(z), indices, loss
 
     def bits_per_image(self, height, width):
-        """h*w*sum(log2 L): what the tokens of one image cost, uncompressed. 16 bits a latent value for vae and ae."""
-        bits = sum(math.log2(level) for level in self.levels) if self.discrete else 16 * len(self.levels)
+        """What the latents of one image cost: sum(log2 L) a position, or 16 bits a real number."""
+        bits = 16 * self.latent_dim
+        if self.discrete:
+            bits = sum(math.log2(level) for level in self.levels)
         return height // self.downsample * (width // self.downsample) * bits
 
 
-# ------------------------------------------------------------------------------------------------ losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance (arXiv 1801.03924), version 0.1: "vgg" to train with, "alex" to report.
+    """Learned perceptual distance (arXiv 1801.03924), version 0.1. Nothing in it is trained.
 
-    backbone: state dict of torchvision's vgg16 or alexnet; heads: the five published 1x1 heads, `linK.model.1.weight`.
-    Both are frozen. Raises KeyError or RuntimeError if a state dict is not the one named.
+    net:      "vgg" to train with, "alex" to report
+    backbone: state dict of torchvision's vgg16 or alexnet
+    heads:    state dict of the five published 1x1 convolutions, `linK.model.1.weight`
+    Raises KeyError or RuntimeError if a state dict is not the one named.
     """
 
-    TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # the ReLUs whose outputs are compared
+    TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # ReLUs whose outputs are compared
 
     def __init__(self, net, backbone, heads):
         super().__init__()
-        from torchvision import models  # here, since importing it takes a second that other users of this file need not pay
-        with torch.device("meta"):  # no memory and no initialisation for weights that are replaced in the next line
-            features = (models.vgg16 if net == "vgg" else models.alexnet)(weights=None).features
-        weights = {k.removeprefix("features."): v for k, v in backbone.items() if k.startswith("features.")}
-        features.load_state_dict(weights, assign=True)
+        from torchvision import models  # here, because the import takes a second
+        with torch.device("meta"):  # neither memory nor a random start for weights that are loaded
+            model = models.vgg16() if net == "vgg" else models.alexnet()
+        weights = {name.removeprefix("features."): value for name, value in backbone.items()
+                   if name.startswith("features.")}
+        model.features.load_state_dict(weights, assign=True)
         self.taps = self.TAPS[net]
-        self.features = features[: self.taps[-1] + 1].eval().requires_grad_(False)
+        self.features = model.features[: self.taps[-1] + 1].eval().requires_grad_(False)
         for layer in self.features:
             if isinstance(layer, nn.ReLU):
-                layer.inplace = False  # its output is compared, and its input may be one too
+                layer.inplace = False  # its input may be an output that is compared
         for i in range(len(self.taps)):
             self.register_buffer(f"head{i}", heads[f"lin{i}.model.1.weight"].clone())
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])
+        self.register_buffer("shift", shift.view(1, 3, 1, 1))
+        self.register_buffer("scale", scale.view(1, 3, 1, 1))
 
     def forward(self, x, y):
-        """x, y (B,3,H,W) in [-1, 1], at least 16 px (vgg) or 31 px (alex) a side -> distance (B,), 0 for equal images."""
-        hx, hy, total = (x - self.shift) / self.scale, (y - self.shift) / self.scale, 0
+        """x, y (B,3,H,W) in [-1, 1] -> distance (B,), 0 for equal images.
+
+        A side has at least 16 px (vgg) or 31 px (alex).
+        """
+        x = (x - self.shift) / self.scale
+        y = (y - self.shift) / self.scale
+        total = 0
         for i, layer in enumerate(self.features):
-            hx, hy = layer(hx), layer(hy)
+            x, y = layer(x), layer(y)
             if i in self.taps:
-                difference = (self._unit(hx) - self._unit(hy)).square()                 # (B, C_i, H_i, W_i)
-                head = getattr(self, f"head{self.taps.index(i)}")                       # (1, C_i, 1, 1)
+                head = getattr(self, f"head{self.taps.index(i)}")          # (1, C_i, 1, 1)
+                difference = (self._unit(x) - self._unit(y)).square()      # (B, C_i, H_i, W_i)
                 total = total + (difference * head).sum(1).mean((1, 2))
         return total
 
@@ -379,21 +444,66 @@ class LPIPS(nn.Module):
         return h / (h.norm(dim=1, keepdim=True) + 1e-10)
 
 
-class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017) as in VQGAN: (B,3,H,W) in [-1, 1] -> one logit per overlapping patch (B,1,h',w').
+def load_lpips(net, folder):
+    """LPIPS with its published weights from `folder`, or downloaded into it: see `published`."""
+    backbone = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}[net]
+    heads = {"vgg": "lpips_vgg-a78928a0.pth", "alex": "lpips_alex-df73285e.pth"}[net]
+    models = "https://download.pytorch.org/models"
+    lpips = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
+    backbone_weights = published(f"{models}/{backbone}", folder, backbone)
+    return LPIPS(net, backbone_weights, published(f"{lpips}/{net}.pth", folder, heads))
 
-    With n_layers = 4 a side of less than 48 px leaves no logit; 3 layers do down to 24 px.
+
+def published(url, folder, file_name):
+    """The state dict in folder/file_name, which is downloaded from `url` if it is not there yet.
+
+    The name ends in -HASH.pth, where HASH is how the file's SHA-256 begins. It is always checked.
+    Raises ValueError if there is no such file here or there, or if it is not the published one.
+    """
+    path = Path(folder) / file_name
+    expected = re.search(r"-(\w+)\.pth$", file_name)[1]
+    try:
+        if path.exists():  # torch.hub checks only what it downloads
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if not digest.startswith(expected):
+                raise ValueError(f"the SHA-256 of the file there begins with {digest[:8]}")
+        return torch.hub.load_state_dict_from_url(
+            url, str(folder), "cpu", progress=False, check_hash=True, file_name=file_name,
+            weights_only=True)
+    except Exception as error:  # of the network, the disk or the unpickler: the remedy is the same
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{file_name} cannot be used ({cause}): download {url} "
+                         f"and save it in {folder} under that name") from error
+
+
+def discriminator_layers(side):
+    """n_layers for images of this shorter side: 4 (the paper) from 48 px, 3 from 24, 2 from 12.
+
+    Raises ValueError for smaller images.
+    """
+    for n_layers in (4, 3, 2):
+        if side // 2**n_layers > 2:  # n halvings, then two convolutions that each take one pixel
+            return n_layers
+    raise ValueError(f"images of {side} px are too small for a discriminator: it needs 12 px")
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017) as in VQGAN: one logit for each of many overlapping patches.
+
+    (B,3,H,W) in [-1, 1] -> (B, 1, H // 2^n_layers - 2, W // 2^n_layers - 2)
     """
 
     def __init__(self, ndf=64, n_layers=4):
         super().__init__()
-        layers, c = [nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2)], ndf
+        layers = [nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2)]
+        c_in = ndf
         for i in range(1, n_layers + 1):
             c_out = ndf * min(2**i, 8)
-            layers += [nn.Conv2d(c, c_out, 4, 2 if i < n_layers else 1, 1, bias=False), nn.BatchNorm2d(c_out),
-                       nn.LeakyReLU(0.2)]
-            c = c_out
-        self.main = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, 1, 1))
+            stride = 2 if i < n_layers else 1
+            layers.append(nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False))
+            layers += [nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+            c_in = c_out
+        self.main = nn.Sequential(*layers, nn.Conv2d(c_in, 1, 4, 1, 1))
         for layer in self.main:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0, 0.02)
@@ -405,32 +515,38 @@ class PatchDiscriminator(nn.Module):
 
 
 def reconstruction_loss(x, reconstruction, lpips=None, perceptual_weight=0.0):
-    """L1 + perceptual_weight * LPIPS, in fp32. x, reconstruction (B,3,H,W) -> (scalar to minimise, dict of its parts)."""
-    parts = {"l1": F.l1_loss(reconstruction.float(), x.float())}
-    if lpips is not None:
-        parts["lpips"] = lpips(x, reconstruction).mean()
-    return parts["l1"] + perceptual_weight * parts.get("lpips", 0.0), parts
+    """x, reconstruction (B,3,H,W) -> L1 + perceptual_weight * LPIPS (fp32 scalar), dict of both."""
+    l1 = F.l1_loss(reconstruction.float(), x.float())
+    if lpips is None:
+        return l1, {"l1": l1}
+    distance = lpips(x, reconstruction).mean()
+    return l1 + perceptual_weight * distance, {"l1": l1, "lpips": distance}
 
 
 def discriminator_loss(logits_real, logits_fake):
     """Hinge loss: zero once real patches score above 1 and fake ones below -1."""
-    return (F.relu(1 - logits_real.float()).mean() + F.relu(1 + logits_fake.float()).mean()) / 2
+    real = F.relu(1 - logits_real.float()).mean()
+    fake = F.relu(1 + logits_fake.float()).mean()
+    return (real + fake) / 2
 
 
 def adaptive_weight(reconstruction_loss, generator_loss, last_weight, limit=1e6):
-    """VQGAN eq. 7: the weight that gives both losses the same pull on the decoder's last layer, clamped to [0, limit].
+    """VQGAN eq. 7: the weight that gives both losses gradients of the same norm in `last_weight`.
 
-    Returns a detached scalar. It is logged: a weight at its limit, or falling to 0, is how a GAN start goes wrong.
+    Returns a detached scalar in [0, limit]. Log it: a weight at its limit, or one that falls to 0,
+    shows that adversarial training has gone wrong.
     """
     pull, = torch.autograd.grad(reconstruction_loss, last_weight, retain_graph=True)
     push, = torch.autograd.grad(generator_loss, last_weight, retain_graph=True)
-    return (pull.float().norm() / (push.float().norm() + 1e-6)).clamp(0, limit).detach()
+    ratio = pull.float().norm() / (push.float().norm() + 1e-6)
+    return ratio.clamp(0, limit).detach()
 
 
 def adversarial_loss(reconstruction, base_loss, discriminator, last_weight, weight=0.5):
-    """The generator's share of the game: (weight * adaptive weight * -mean logit, the logit loss, the adaptive weight).
+    """The generator's adversarial loss: weight * adaptive weight * -(mean logit).
 
-    The discriminator's parameters take no gradient from it, so that its own step starts clean.
+    Returns this scalar, -(mean logit) and the adaptive weight. The discriminator's parameters take
+    no gradient from it, so that its own step starts clean.
     """
     discriminator.requires_grad_(False)
     g_loss = -discriminator(reconstruction).float().mean()
@@ -440,5 +556,82 @@ def adversarial_loss(reconstruction, base_loss, discriminator, last_weight, weig
 
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio, dB: x, y (B,3,H,W) in [0, 1] -> (B,), at most 100, so that equal images spoil no mean."""
-    return -10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+    """Peak signal-to-noise ratio in dB: x, y (B,3,H,W) in [0, 1] -> (B,), at most 100."""
+    mse = (x - y).square().mean((1, 2, 3))
+    return -10 * mse.clamp(min=1e-10).log10()  # clamped, so that equal images do not spoil a mean
+
+
+# -------------------------------------------------------------------------------- released weights
+
+
+def released_weights(weights):
+    """The weights without the buffers of its quantizer that the public code averages as well."""
+    return {name: value for name, value in weights.items() if not name.startswith("quantize._")}
+
+
+def released_arguments(weights, config=None, levels=None, alpha=None):
+    """Arguments of Tokenizer for a state dict of Tencent-Hunyuan/iFSQ, read off its shapes.
+
+    Levels and slope of a scalar quantizer are in no shape: see `released_quantizer`. Raises
+    ValueError if they are missing or contradict the shapes, or if the weights do not fit.
+    """
+    shapes = {name: tuple(value.shape) for name, value in released_weights(weights).items()}
+    resolutions = {name.split(".")[2] for name in shapes if name.startswith("encoder.down.")}
+    blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")}
+    try:
+        hidden = shapes["encoder.conv_in.weight"][0]
+        widths = [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0]
+                  for i in range(max(1, len(resolutions)))]
+        z_channels, d = shapes["post_quant_conv.weight"][:2]
+        moments = shapes["quant_conv.weight"][0]
+    except KeyError as error:
+        raise ValueError(f"not the weights of a public iFSQ tokenizer: no {error}") from error
+    multipliers = [width // hidden for width in widths]
+    arguments = {"hidden": hidden, "multipliers": multipliers, "num_res_blocks": len(blocks),
+                 "z_channels": z_channels, "num_groups": 32}
+    if "quantize.embedding.weight" in shapes:
+        size = shapes["quantize.embedding.weight"][0]
+        arguments.update(quantizer="vq", levels=[17] * d, codebook_size=size)  # d of any size
+    elif moments == 2 * d:
+        arguments.update(quantizer="vae", levels=[17] * d)
+    else:
+        arguments.update(released_quantizer(weights, config or {}, levels, alpha))
+    if len(arguments["levels"]) != d:
+        raise ValueError(f"levels {arguments['levels']} do not fit {d} latent channels")
+    with torch.device("meta"):  # shapes without memory
+        expected = Tokenizer(**arguments).state_dict()
+    wrong = shapes.items() ^ {name: tuple(value.shape) for name, value in expected.items()}.items()
+    if wrong:
+        raise ValueError("not the weights of a public iFSQ tokenizer: "
+                         f"{min(wrong)[0]} is missing, unknown or of another shape")
+    return arguments
+
+
+def released_quantizer(weights, config, levels, alpha):
+    """quantizer, levels, alpha and edges of an FSQ of the public code.
+
+    Levels and slope are those given, or else those in `config`, the dict in the config.json beside
+    the file. Averaged weights hold the levels too.
+    """
+    edges = "half"
+    stored = weights.get("quantize._levels")
+    if levels is None and stored is not None:
+        levels = [round(level) for level in stored.tolist()]  # averaged, so they are floats
+        if levels != config.get("levels", levels):
+            raise ValueError(f"the weights have levels {levels}, config.json {config['levels']}")
+    if levels is None:
+        levels = config.get("levels")
+    if not config.get("do_simple_bound", True):  # the FSQ of Mentzer et al., which has no act_fun
+        edges = "original"
+        alpha = alpha or 2.0
+    if alpha is None and "act_fun" in config:
+        match = re.fullmatch(r"scale_sigmoid_(\d+)", str(config["act_fun"]))
+        if not match:
+            raise ValueError(f"act_fun {config['act_fun']!r} of config.json is not supported")
+        alpha = int(match[1]) / 10
+    for value, what, flag in ((levels, "levels", "--levels"), (alpha, "slope", "--alpha")):
+        if value is None:
+            raise ValueError(f"the {what} of the quantizer cannot be read from the weights: "
+                             f"put the run's config.json beside the file or give {flag}")
+    quantizer = "fsq" if alpha == 2.0 else "ifsq"
+    return {"quantizer": quantizer, "levels": list(levels), "alpha": alpha, "edges": edges}

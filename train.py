@@ -1,292 +1,136 @@
-"""Train it: the tokenizer, then LlamaGen or DiT on its tokens, on one laptop core or on many GPUs.
+"""Train a tokenizer, then LlamaGen or DiT on its tokens, on one laptop core or on many GPUs.
 
-    image file --Images--> x (B,3,H,W) --Tokenizer--> OUT/tokenizer/ckpt.pt --Tokens (a cache of integers)--> LlamaGen | DiT
+    image file --Images--> x (B,3,H,W) --TokenizerTraining--> OUT/tokenizer/ckpt.pt
+    x --cached_tokens--> one integer per latent position --GeneratorTraining--> OUT/ckpt.pt
 
-Each of these runs as it is:
+The file reads from top to bottom: presets, data, stage one (the tokenizer), the tokens, stage two
+(a generator), and then `fit`, the one loop that trains them all. Whoever stops there has seen
+training whole. The rest is what the loop stands on: optimizer, processes, checkpoints, log, and
+the command line. Each of these commands runs as it is:
 
-    python train.py                                                      # tokenizer + LlamaGen on built-in images, on a CPU
+    python train.py                                         # tokenizer + LlamaGen on drawings
     python train.py --model dit --tokenizer out/llamagen-shapes/tokenizer/ckpt.pt
-    torchrun --nproc_per_node=8 train.py --model llamagen --repa-layer 8 # on 8 GPUs, aligned with a vision encoder
+    torchrun --nproc_per_node=8 train.py --model llamagen --repa-layer 8
     python train.py --model tokenizer --data cifar10 --downsample 4
     python train.py --model tokenizer --data DIR --image-size 256 --size paper
-    python train.py --resume                                             # goes on where it stopped
+    python train.py --resume out/llamagen-shapes/ckpt.pt    # continues where it stopped
 
-DIR holds one folder per class, or DIR/train and DIR/val of such, or just images. A run is a pure function of its arguments:
-the images of step s and their crops come from (seed, s), all other noise from (seed, s, rank), so that nothing but the step
-has to be remembered to continue. The recipe is that of arXiv 2601.17124 and its public code for every size but nano.
+On a CPU a run is a pure function of its arguments. The images of step s and their crops follow
+from (seed, s), all other noise from (seed, s, rank), so the step is all that has to be remembered
+to continue bit for bit. (GPUs add in an order of their own, so there it holds up to rounding.)
+
+Every size but nano follows arXiv 2601.17124 and its public code. What differs from that code:
+
+    data          crops are ADM's (public: bilinear) and keep their scale; a generator sees --crops
+                  of them from a cache (public: a new one of side 0.8 to 1.0 in every step)
+    DiT           latents are normalised by channel (public: one scalar), and the vae's are means
+                  (public: draws)
+    critic steps  run the tokenizer in eval mode, so the vae gives its mean
+    schedule      steps are counted (public: 100 epochs of ImageNet, the same number)
+    evaluation    measures uint8 pictures (public: floats, neither clamped nor rounded), with ADM's
+                  crop (public: bilinear with antialiasing) and balanced labels (public: random)
 """
 import argparse
 import contextlib
 import copy
 import csv
+import errno
+import functools
 import hashlib
 import itertools
+import json
 import math
 import os
-import pickle
-import re
 import shutil
 import signal
 import sys
 import time
+import uuid
+import zipfile
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import dit
 import llamagen
 import repa
-from fsq import CodeUsage
-from tokenizer import (LPIPS, QUANTIZERS, PatchDiscriminator, Tokenizer, adversarial_loss, discriminator_loss, psnr,
+import tokenizer as tokenizers
+from fsq import CodeUsage, bound
+from tokenizer import (QUANTIZERS, PatchDiscriminator, Tokenizer, adversarial_loss,
+                       discriminator_layers, discriminator_loss, load_lpips, psnr,
                        reconstruction_loss)
 
-CACHE = Path(os.environ.get("IFSQ_CACHE", Path.home() / ".cache" / "ifsq"))  # downloads go here, and are looked for here
+# ---- Presets: the defaults that --size decides -------------------------------------------------
 
-# The defaults of the flags that --size decides. First the tokenizer's own: `multipliers` lists the widths from the full
-# resolution down, of which --downsample f takes the first log2(f) + 1. Then the schedule of each model.
-TOKENIZERS = {
-    "nano": dict(hidden=32, multipliers=[1, 2, 2, 4, 4, 4], num_res_blocks=1, num_groups=8, image_size=[32], downsample=8,
-                 perceptual_weight=0.0, disc_start=-1, disc_layers=3),
-    "paper": dict(hidden=128, multipliers=[1, 1, 2, 4, 4, 4], num_res_blocks=2, num_groups=32, image_size=[256], downsample=16,
-                  perceptual_weight=1.0, disc_start=50_000, disc_layers=4),
+# The tokenizers. `multipliers` lists the widths from the full resolution down; a tokenizer that
+# downsamples by f uses the first log2(f) + 1 of them.
+NETWORKS = {
+    "nano": dict(image_size=[32], downsample=8, hidden=16, multipliers=[1, 2, 4, 4, 4, 4],
+                 num_res_blocks=1, num_groups=8, perceptual_weight=0.0, disc_start=-1),
+    "paper": dict(image_size=[256], downsample=16, hidden=128, multipliers=[1, 1, 2, 4, 4, 4],
+                  num_res_blocks=2, num_groups=32, perceptual_weight=1.0, disc_start=50_000),
 }
-SCHEDULES = {  # the paper's learning rates are constant; a short run gains a lot by letting them fall at its end
-    ("tokenizer", "nano"): dict(steps=1500, batch_size=16, lr=2e-3, weight_decay=0.0, warmup=50, cooldown=0.3, ema_decay=0.995),
-    ("tokenizer", "paper"): dict(steps=500_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0, cooldown=0.0,
-                                 ema_decay=0.999),
-    ("llamagen", "nano"): dict(steps=1000, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=100, cooldown=0.3, ema_decay=0.99,
-                               dropout=0.0, repa_weight=2.0, repa_width=512),
-    ("llamagen", "paper"): dict(steps=250_000, batch_size=256, lr=1e-4, weight_decay=0.05, warmup=0, cooldown=0.0,
-                                ema_decay=0.9999, dropout=0.1, repa_weight=2.0, repa_width=2048),
-    ("dit", "nano"): dict(steps=1000, batch_size=64, lr=1e-3, weight_decay=0.0, warmup=100, cooldown=0.3, ema_decay=0.99,
-                          repa_weight=0.5, repa_width=512),
-    ("dit", "paper"): dict(steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0, cooldown=0.0, ema_decay=0.9999,
-                           repa_weight=0.5, repa_width=2048),
+# How each model is trained. nano is ours: Muon and a cool-down, for a laptop. "paper" stands for
+# all other sizes.
+SCHEDULES = {
+    ("tokenizer", "nano"): dict(
+        optimizer="muon", steps=900, batch_size=16, lr=0.02, weight_decay=0.0, warmup=20,
+        cooldown=0.5, grad_clip=1.0, ema_decay=0.99),
+    ("tokenizer", "paper"): dict(
+        optimizer="adamw", steps=1_000_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0,
+        cooldown=0.0, grad_clip=1.0, ema_decay=0.999),
+    ("llamagen", "nano"): dict(
+        optimizer="muon", steps=400, batch_size=64, lr=0.02, weight_decay=0.05, warmup=20,
+        cooldown=0.5, grad_clip=1.0, ema_decay=0.98, dropout=0.0, token_groups=0,
+        repa_weight=2.0, repa_width=512),
+    ("llamagen", "paper"): dict(
+        optimizer="adamw", steps=500_000, batch_size=256, lr=1e-4, weight_decay=0.05, warmup=0,
+        cooldown=0.0, grad_clip=1.0, ema_decay=0.9999, dropout=0.1, token_groups=1,
+        repa_weight=2.0, repa_width=2048),
+    ("dit", "nano"): dict(
+        optimizer="muon", steps=400, batch_size=64, lr=0.02, weight_decay=0.0, warmup=20,
+        cooldown=0.5, grad_clip=1.0, ema_decay=0.98, repa_weight=0.5, repa_width=512),
+    ("dit", "paper"): dict(
+        optimizer="adamw", steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0,
+        cooldown=0.0, grad_clip=0.0, ema_decay=0.9999, repa_weight=0.5, repa_width=2048),
 }
-DINO_PX = 128  # the image side from which --repa-teacher auto takes DINOv2
-CLASSIFIER = dict(steps=600, batch_size=128, lr=3e-3, weight_decay=0.05, warmup=60, cooldown=0.9, ema_decay=0.99)
-# What does not touch the first stage: the same tokenizer serves all generators.
-GENERATOR_FLAGS = ["token_groups", "patch_size", "dropout", "class_dropout", "crops", "grad_checkpoint", "fsdp", "repa_layer",
-                   "repa_weight", "repa_width", "repa_teacher", "cache_teacher"]
-SIZES = {"tokenizer": list(TOKENIZERS), "llamagen": list(llamagen.SIZES), "dit": list(dit.SIZES)}
-# Flags that may differ from those of the run that --resume continues: none of them changes what a step computes.
-HARMLESS = {"out", "resume", "steps", "num_workers", "save_every", "eval_every", "log_every", "compile", "device", "cache_dir",
-            "tokenizer", "pretrained", "grad_checkpoint", "fsdp"}
+BETAS = {"tokenizer": (0.9, 0.999), "llamagen": (0.9, 0.95), "dit": (0.9, 0.95)}
+CLASSIFIER = dict(optimizer="muon", steps=400, batch_size=128, lr=0.02, weight_decay=0.05)
+SIZES = {"tokenizer": list(NETWORKS), "llamagen": list(llamagen.SIZES), "dit": list(dit.SIZES)}
+BUILT_IN = ("shapes", "cifar10")  # the values of --data that are not folders
+KL_WEIGHT = 1e-6                  # of the vae's KL, nats an image
+DINO_PX = 128                     # the image side from which --repa-teacher auto takes DINOv2
+CACHE = Path(os.environ.get("IFSQ_CACHE", Path.home() / ".cache" / "ifsq"))  # downloads
 
 
 class UsageError(Exception):
-    """A mistake that the user can mend: `main` prints it as one line and exits with code 2."""
+    """A mistake that the user can mend. `guarded` prints it as one line and exits with code 2."""
 
 
-# ------------------------------------------------------------------------------------------------ command line
-
-
-def parse_args(argv=None):
-    """The command line as a namespace, with the defaults of the chosen size filled in."""
-    tokenizer = lambda name: " ".join(f"{size} {preset[name]}"
-                                      for size, preset in TOKENIZERS.items()).translate({91: None, 93: None})
-    schedule = lambda name: ", ".join(f"{model} {size} {preset[name]}"
-                                      for (model, size), preset in SCHEDULES.items() if name in preset)
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("--model", choices=list(SIZES), default="llamagen", help="what to train (default: llamagen)")
-    add("--size", help="; ".join(f"{model}: {' '.join(sizes)}" for model, sizes in SIZES.items())
-        + " (default: nano without a GPU, else L, tokenizer paper). nano has a schedule of its own, all others the paper's")
-
-    group = parser.add_argument_group("data").add_argument
-    group("--data", default="shapes", metavar="{shapes,cifar10,DIR}", help="built-in drawings, CIFAR-10 (downloaded), "
-          "or a folder: of class folders, of train/ and val/ with class folders, or of images (default: shapes)")
-    group("--image-size", type=int, nargs="+", metavar="PX", help="side of the square crop, or height and width, pixels "
-          f"(default: {tokenizer('image_size')})")
-    group("--unconditional", action="store_true", help="forget the classes: the generator learns all images as one class")
-    group("--num-workers", type=int, metavar="N", help="processes that decode images (default: 8 a GPU, 0 on the CPU)")
-    group("--skip-bad-images", action="store_true", help="read every image once at the start, and leave out and count "
-          "the unreadable ones")
-
-    group = parser.add_argument_group("tokenizer").add_argument
-    group("--tokenizer", metavar="CKPT", help="trained tokenizer for a generator, which replaces the flags below "
-          "(default: OUT/tokenizer/ckpt.pt, trained first as far as it is missing)")
-    group("--tokenizer-steps", type=int, metavar="N", help="steps of that first stage (default: those of --model tokenizer)")
-    group("--quantizer", choices=QUANTIZERS, default="ifsq", help="bottleneck (default: ifsq)")
-    group("--levels", type=int, nargs="+", default=[17] * 4, metavar="L", help="code values of each latent channel; "
-          "their number is the number of channels for every bottleneck (default: 17 17 17 17)")
-    group("--alpha", type=slope, metavar="{A,erf}", help="slope of the quantizer's "
-          "sigmoid, or the Gaussian CDF in its place (default: 1.6 for ifsq, 2.0 for fsq)")
-    group("--edges", choices=["half", "full"], default="half", help="outer bins half as wide, as in the paper, or as wide "
-          "as the others (default: half)")
-    group("--codebook-size", type=int, metavar="N", help="vectors of the vq codebook (default: the product of the levels)")
-    group("--downsample", type=int, metavar="F", help="image side over latent side, a power of 2 "
-          f"(default: {tokenizer('downsample')})")
-    group("--perceptual-weight", type=float, metavar="W", help="weight of LPIPS in the loss "
-          f"(default: {tokenizer('perceptual_weight')})")
-    group("--vae-weight", type=float, default=1e-6, metavar="W", help="weight of the vae's KL, nats an image (default: 1e-6)")
-    group("--disc-start", type=int, metavar="STEP", help="step from which the discriminator plays, -1 never "
-          f"(default: {tokenizer('disc_start')})")
-    group("--disc-weight", type=float, default=0.5, metavar="W", help="weight of the adversarial loss "
-          "before its adaptive weight (default: 0.5)")
-    group("--disc-layers", type=int, metavar="N", help="depth of the discriminator: 4 needs images of 48 px, 3 of 24 px "
-          f"(default: {tokenizer('disc_layers')})")
-
-    group = parser.add_argument_group("generator").add_argument
-    group("--token-groups", type=int, metavar="G", help="digits that LlamaGen cuts a token into (default: the fewest that keep "
-          "each digit's vocabulary within 4096, so 17 17 17 17 becomes 2 x 289)")
-    group("--patch-size", type=int, default=1, metavar="P", help="side of DiT's patches, latent positions (default: 1)")
-    group("--dropout", type=float, metavar="P", help=f"dropout of LlamaGen (default: {schedule('dropout')})")
-    group("--class-dropout", type=float, default=0.1, metavar="P", help="share of labels hidden in training, for guidance "
-          "(default: 0.1)")
-    group("--crops", type=int, default=1, metavar="N", help="crops of each image in the token cache: the centre and N - 1 "
-          "random ones, each with its mirror image (default: 1)")
-    group("--cache-dir", type=Path, default=Path("out/cache"), metavar="DIR", help="folder of the token caches "
-          "(default: %(default)s)")
-    group("--grad-checkpoint", action="store_true", help="recompute each layer in the backward pass: less memory, "
-          "a third more time")
-    group("--fsdp", action="store_true", help="divide weights, gradients and optimizer of the generator among the processes, "
-          "instead of a copy in each: for sizes that do not fit")
-
-    group = parser.add_argument_group("alignment of a generator with a vision encoder (REPA)").add_argument
-    group("--repa-layer", type=int, metavar="K", help="align the hidden state after layer K (the first is 1; a third of the "
-          "depth is a good choice) with a teacher's view of the image (default: no alignment)")
-    group("--repa-weight", type=float, metavar="W", help=f"weight of the alignment loss (default: {schedule('repa_weight')})")
-    group("--repa-teacher", metavar="{auto,classifier,dinov2_vitb14,...,PATH}", help="classifier: a small network trained on "
-          "the labels first, in OUT/teacher; DINOv2 by name (dinov2_vits14, vitb14, vitl14, vitg14, or with _reg), downloaded; "
-          f"a file of either (default: auto = DINOv2-B from {DINO_PX} px on, the classifier below)")
-    group("--cache-teacher", action="store_true", help="keep the teacher's features beside the tokens, in 16 bits, instead of "
-          "reading the images and running the teacher in every step")
-
-    group = parser.add_argument_group("training").add_argument
-    group("--steps", type=int, help=f"optimiser steps in all (default: {schedule('steps')})")
-    group("--batch-size", type=int, metavar="B", help=f"images a step, over all processes (default: {schedule('batch_size')})")
-    group("--grad-accum", type=int, default=1, metavar="N", help="parts in which each process works through its "
-          "share of the batch (default: 1)")
-    group("--lr", type=float, help=f"AdamW learning rate, constant between warm-up and cool-down (default: {schedule('lr')})")
-    group("--weight-decay", type=float, metavar="W", help=f"AdamW weight decay (default: {schedule('weight_decay')})")
-    group("--warmup", type=int, metavar="STEPS", help="steps over which the learning rate rises linearly "
-          f"(default: {schedule('warmup')})")
-    group("--cooldown", type=float, metavar="SHARE", help="last share of the steps, over which the learning rate falls to 0 "
-          f"(default: {schedule('cooldown')})")
-    group("--grad-clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm, 0 for no limit (default: 1.0)")
-    group("--ema-decay", type=float, metavar="D", help="decay of the averaged weights, which are the ones evaluated "
-          f"(default: {schedule('ema_decay')})")
-    group("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="arithmetic of the networks; the weights "
-          "stay fp32 (default: auto = bf16 where the hardware has it)")
-    group("--compile", action="store_true", help="torch.compile the network")
-    group("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
-    group("--seed", type=int, default=0, help="default: 0")
-
-    group = parser.add_argument_group("files").add_argument
-    group("--out", type=Path, metavar="DIR", help="folder of checkpoint, log and pictures (default: out/MODEL-DATA)")
-    group("--resume", nargs="?", const="OUT", metavar="CKPT",
-          help="continue from CKPT, or from OUT/ckpt.pt without an argument")
-    group("--init-from", metavar="CKPT", help="start a new run from the averaged weights of CKPT")
-    group("--pretrained", type=Path, default=CACHE, metavar="DIR", help="folder of pretrained weights: "
-          "where they are looked for, and downloaded to (default: %(default)s)")
-    group("--save-every", type=int, default=1000, metavar="STEPS", help="default: 1000")
-    group("--eval-every", type=int, default=500, metavar="STEPS", help="validation and picture (default: 500)")
-    group("--log-every", type=int, default=50, metavar="STEPS", help="a row in log.csv, means since the last (default: 50)")
-    args = parser.parse_args(argv)
-
-    args.size = args.size or ("nano" if pick_device(args.device).type == "cpu"
-                              else "paper" if args.model == "tokenizer" else "L")
-    if args.size not in SIZES[args.model]:
-        raise UsageError(f"--model {args.model} has no --size {args.size}: choose from {' '.join(SIZES[args.model])}")
-    if args.tokenizer:
-        inherit(args, load_checkpoint(args.tokenizer)["args"])
-    preset = "nano" if args.size == "nano" else "paper"
-    for name, value in {**TOKENIZERS[preset], **SCHEDULES[args.model, preset]}.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    if not 0 <= args.cooldown < 1 or not 0 <= args.ema_decay < 1 or not 0 <= args.class_dropout < 1:
-        raise UsageError("--cooldown, --ema-decay and --class-dropout are shares: at least 0 and below 1")
-    args.out = args.out or Path("out") / f"{args.model}-{Path(args.data).name}"
-    least = {**dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "crops",
-                              "patch_size", "tokenizer_steps", "codebook_size", "token_groups"), 1),
-             **dict.fromkeys(("seed", "warmup", "num_workers", "grad_clip", "weight_decay", "disc_weight", "perceptual_weight",
-                              "vae_weight", "repa_weight", "dropout"), 0), "lr": 1e-12, "alpha": 1e-3, "disc_start": -1}
-    for name, smallest in least.items():
-        value = getattr(args, name, None)
-        if value not in (None, "erf") and not smallest <= value < math.inf:                      # nan is neither
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {smallest}, not {value}")
-    check_args(args)
-    return args
-
-
-def new_parser(description):
-    """An ArgumentParser whose complaints are UsageErrors: one line, without the list of all flags."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-
-    def complain(message):
-        raise UsageError(f"{message} (--help explains all flags)")
-
-    parser.error = complain
-    return parser
-
-
-def slope(text):
-    return text if text == "erf" else float(text)
-
-
-def inherit(args, tokenizer):
-    """Replace the tokenizer's flags in `args` by those that it was trained with; its image size is only a default."""
-    for name in (*TOKENIZERS["nano"], "quantizer", "levels", "alpha", "edges", "codebook_size"):
-        if name != "image_size" or args.image_size is None:
-            setattr(args, name, tokenizer[name])
-    check_args(args)
-
-
-def check_args(args):
-    """Raise UsageError for sizes that do not fit together, before anything is read or written."""
-    if len(args.image_size) > 2 or min(args.image_size) < 1:
-        raise UsageError(f"--image-size takes one side or height and width in pixels, not {args.image_size}")
-    args.image_size = [args.image_size[0], args.image_size[-1]]
-    f = args.downsample
-    if f < 1 or f & (f - 1) or f > 2 ** (len(args.multipliers) - 1):
-        raise UsageError(f"--downsample must be a power of 2 up to {2 ** (len(args.multipliers) - 1)}, not {f}")
-    if any(side % f for side in args.image_size):
-        raise UsageError(f"--image-size {' '.join(map(str, args.image_size))} is not a multiple of --downsample {f}: "
-                         "change one of them")
-    needed = {4: 48, 3: 24}.get(args.disc_layers, 16)
-    if args.disc_start >= 0 and min(args.image_size) < needed:
-        raise UsageError(f"a discriminator of {args.disc_layers} layers needs images of {needed} px: "
-                         "lower --disc-layers or set --disc-start -1")
-    depth = {"llamagen": llamagen, "dit": dit}[args.model].SIZES[args.size][0] if args.model != "tokenizer" else 0
-    if args.repa_layer is not None and not 1 <= args.repa_layer <= depth:
-        raise UsageError(f"--repa-layer {args.repa_layer}: --model {args.model} --size {args.size} has "
-                         + (f"{depth} layers, choose from 1 to {depth}" if depth else "no layers to align"))
-    if args.fsdp and args.model == "tokenizer":
-        raise UsageError("--fsdp is for generators: a tokenizer fits in every process, leave it out")
-    if args.repa_layer is None and (args.repa_teacher or args.cache_teacher):
-        raise UsageError("--repa-teacher and --cache-teacher need --repa-layer K, which says where to align")
-    if args.model == "llamagen" and args.quantizer in ("vae", "ae"):
-        raise UsageError(f"--model llamagen predicts integers, which the {args.quantizer} tokenizer does not have: "
-                         "use --model dit or another --quantizer")
-
-
-# ------------------------------------------------------------------------------------------------ data
-
+# ---- Data: files to crops to batches ------------------------------------------------------------
 
 class Shapes(Dataset):
-    """Ten classes of drawings, a pure function of (split, index): something to train on in minutes without a download.
+    """Ten classes of drawings, a pure function of (split, index): training without a download.
 
-    Each is one upright shape in a vivid colour on a background that fades from white to grey; hue, size, place and a slight
-    turn vary. (A coloured background as well is more than 16 tokens learn in five minutes.) Returns (PIL image, class).
+    Each is one upright shape in a vivid colour on a background that fades from white to grey. Hue,
+    size, place and a slight turn vary. Returns (PIL image, class).
     """
 
-    classes = ["disk", "ring", "square", "triangle", "diamond", "cross", "star", "heart", "crescent", "hourglass"]
+    classes = ["disk", "ring", "square", "triangle", "diamond", "cross", "star", "heart",
+               "crescent", "hourglass"]
     lengths = {"train": 10_000, "val": 1_000}
 
     def __init__(self, split, image_size):
         self.split, (self.height, self.width) = split, image_size
+        self.targets = np.arange(self.lengths[split]) % len(self.classes)
 
     def __len__(self):
         return self.lengths[self.split]
@@ -294,244 +138,1360 @@ class Shapes(Dataset):
     def __getitem__(self, index):
         rng = np.random.default_rng([list(self.lengths).index(self.split), index])
         label = index % len(self.classes)
-        hue, x0, y0, size, turn = rng.uniform([0, -0.15, -0.15, 0.6, -0.15], [1, 0.15, 0.15, 0.8, 0.15])
-        # Each pixel is the mean of 3 x 3 points, which smooths the outline. Units: half of the shorter side; y points up.
-        points = [(np.arange(3 * n) + 0.5) / 3 - n / 2 for n in (self.height, self.width)]
-        y, x = np.meshgrid(*(p * 2 / min(self.height, self.width) for p in points), indexing="ij")
-        u, v = (x - x0) / size, (-y - y0) / size
-        inside = self.inside(label, u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn))
-        mask = inside.reshape(self.height, 3, self.width, 3).mean((1, 3))[..., None]    # (H,W,1) in [0, 1]
-        colour = 0.5 + 0.4 * np.cos(2 * np.pi * (hue + np.array([0, 1 / 3, 2 / 3])))     # (3,) RGB
+        hue, x0, y0, size, turn = rng.uniform([0, -0.15, -0.15, 0.6, -0.15],
+                                              [1, 0.15, 0.15, 0.8, 0.15])
+        # Each pixel is the mean of 3 x 3 points, which smooths the outline. The unit is half of
+        # the shorter side, and y points up.
+        unit = min(self.height, self.width) / 2
+        rows = ((np.arange(3 * self.height) + 0.5) / 3 - self.height / 2) / unit
+        columns = ((np.arange(3 * self.width) + 0.5) / 3 - self.width / 2) / unit
+        u = (columns[None, :] - x0) / size
+        v = (-rows[:, None] - y0) / size
+        inside = self.inside(label, u * np.cos(turn) + v * np.sin(turn),
+                             v * np.cos(turn) - u * np.sin(turn))
+        mask = inside.reshape(self.height, 3, self.width, 3).mean((1, 3))[..., None]  # (H,W,1)
+        colour = 0.5 + 0.4 * np.cos(2 * np.pi * (hue + np.array([0, 1 / 3, 2 / 3])))   # (3,) RGB
         background = np.linspace(0.95, 0.75, self.height)[:, None, None]
-        picture = background + mask * (colour - background)                             # (H,W,3)
+        picture = background + mask * (colour - background)                            # (H,W,3)
         return Image.fromarray((picture * 255).round().astype(np.uint8)), label
 
-    @staticmethod
-    def inside(label, u, v):
-        """Which points (u, v), arrays of one shape with |u|, |v| < 1 or so, lie in the shape `label`."""
+    def inside(self, label, u, v):
+        """Which points (u, v), arrays of one shape, lie in the shape of class `label`."""
         r, a, b = np.hypot(u, v), abs(u), abs(v)
-        fifth = 2 * np.pi / 5
-        spoke = lambda: np.abs((np.arctan2(u, v) / fifth + 0.5) % 1 - 0.5) * fifth      # angle to the nearest tip of a star
-        draw = [lambda: r < 0.85, lambda: (r < 0.95) & (r > 0.5), lambda: (a < 0.75) & (b < 0.75),
-                lambda: (v > -0.65) & (1.8 * a + v < 0.95), lambda: a * 1.4 + b < 1,
-                lambda: (np.minimum(a, b) < 0.28) & (np.maximum(a, b) < 0.9),
-                lambda: r * (np.cos(spoke()) + 1.38 * np.sin(spoke())) < 1,
-                lambda: ((1.25 * u) ** 2 + (1.25 * v + 0.1) ** 2 - 0.9) ** 3 < (1.25 * u) ** 2 * (1.25 * v + 0.1) ** 3,
-                lambda: (r < 0.9) & (np.hypot(u - 0.45, v - 0.1) > 0.72), lambda: (a < 0.85 * b + 0.06) & (b < 0.85)]
-        return draw[label]()
+        match self.classes[label]:
+            case "disk":
+                return r < 0.85
+            case "ring":
+                return (r < 0.95) & (r > 0.5)
+            case "square":
+                return (a < 0.75) & (b < 0.75)
+            case "triangle":
+                return (v > -0.65) & (1.8 * a + v < 0.95)
+            case "diamond":
+                return a * 1.4 + b < 1
+            case "cross":
+                return (np.minimum(a, b) < 0.28) & (np.maximum(a, b) < 0.9)
+            case "star":
+                fifth = 2 * np.pi / 5
+                angle = np.abs((np.arctan2(u, v) / fifth + 0.5) % 1 - 0.5) * fifth  # to a tip
+                return r * (np.cos(angle) + 1.38 * np.sin(angle)) < 1
+            case "heart":
+                x, y = 1.25 * u, 1.25 * v + 0.1
+                return (x**2 + y**2 - 0.9) ** 3 < x**2 * y**3
+            case "crescent":
+                return (r < 0.9) & (np.hypot(u - 0.45, v - 0.1) > 0.72)
+            case "hourglass":
+                return (a < 0.85 * b + 0.06) & (b < 0.85)
+
+
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff",
+            ".webp"}
+FLAT = "images"  # the class of a folder without class folders
+TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation")
+
+
+def is_hidden(name):
+    """Whether a program left this file or folder behind: .thumbnails, ._a.jpg, @eaDir."""
+    return name.startswith((".", "@eaDir", "__MACOSX"))
+
+
+def subfolders(folder):
+    """The visible folders in a folder, sorted by name."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
+
+
+def find_images(folder, left_out=None):
+    """The image files below a folder, sorted, links followed. A folder linked twice counts once.
+
+    left_out: a dictionary that counts the other files by suffix. A folder that may not be read
+    raises PermissionError.
+    """
+    def refuse(error):
+        raise error
+
+    paths, visited = [], set()
+    for where, names, files in os.walk(folder, onerror=refuse, followlinks=True):
+        names[:] = [name for name in names if not is_hidden(name)]
+        real = os.path.realpath(where)
+        if real in visited:  # a link to a folder above it would never end
+            names.clear()
+            continue
+        visited.add(real)
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES and not is_hidden(name):
+                paths.append(Path(where, name))
+            elif left_out is not None:
+                kind = "hidden" if is_hidden(name) else suffix or "no suffix"
+                left_out[kind] = left_out.get(kind, 0) + 1
+    return sorted(paths)
+
+
+def find_splits(folder):
+    """(folder of training images, folder of validation images or None) of a data set's folder.
+
+    Takes train/ and val/ in any case, or training/ and validation/. A folder that holds nothing
+    but one folder of folders stands for that one.
+    """
+    folders = subfolders(folder)
+    by_name = {p.name.lower(): p for p in folders}
+    train = next((by_name[name] for name in TRAIN_NAMES if name in by_name), None)
+    val = next((by_name[name] for name in VAL_NAMES if name in by_name), None)
+    if train and not val:
+        val = by_name.get("test")
+    if train or val:
+        return train or val, val if train else None
+    images_here = any(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
+    if len(folders) == 1 and not images_here and subfolders(folders[0]):
+        return find_splits(folders[0])
+    return folder, None
 
 
 class Folder(Dataset):
-    """Images of a folder as (PIL image, class). See `find_images` for what is taken from it."""
+    """The images of one split of a folder, as (PIL image, class).
 
-    def __init__(self, paths, labels, classes):
-        self.paths, self.labels, self.classes = paths, labels, classes
+    split: "train", "val", or "all" for both. Class folders give the classes, sorted by name;
+    images in a single folder are one class. Without a folder for validation, every tenth
+    image of each class is held out, but never the only one. `about` says in words what was found.
+    Raises UsageError for a folder without images, or with images next to class folders.
+    """
+
+    def __init__(self, folder, split):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UsageError(f"--data {folder}: no such folder (built in: {' '.join(BUILT_IN)})")
+        self.left_out = {}
+        train, val = find_splits(self.folder)
+        self.has_split = val is not None
+        parts = [self.by_class(train)]
+        if val:
+            parts.append(self.by_class(val))
+            unknown = sorted(parts[1].keys() - parts[0].keys())
+            if unknown:
+                raise UsageError(f"--data {folder}: classes in {val.name}/ but not in "
+                                 f"{train.name}/: {', '.join(unknown[:5])}")
+        self.classes = sorted(parts[0])
+        chosen = {"train": parts[:1], "val": parts[1:], "all": parts}[split]
+        if not val and split != "all":
+            chosen = [{name: self.held_out(paths, split) for name, paths in parts[0].items()}]
+            rule = f"{split}: every tenth image of a class is held out"
+        else:
+            rule = " and ".join(p.name + "/" for p in (train, val) if p) if val else "all images"
+        self.paths, self.targets = [], []
+        for by_class in chosen:
+            for label, name in enumerate(self.classes):
+                self.paths += by_class.get(name, [])
+                self.targets += [label] * len(by_class.get(name, []))
+        total = sum(len(paths) for part in parts for paths in part.values())
+        self.about = f"{len(self.paths)} of {total} images, {len(self.classes)} classes ({rule})"
+        if self.left_out:
+            others = ", ".join(f"{n} {kind}" for kind, n in sorted(self.left_out.items())[:6])
+            self.about += f"; left out: {others}"
+        if not self.paths:
+            raise UsageError(f"--data {folder}: no images for {split} ({self.about}); "
+                             f"files may end in {' '.join(sorted(SUFFIXES))}")
+
+    def by_class(self, folder):
+        """{class name: sorted paths} of one folder."""
+        folders = {p.name: find_images(p, self.left_out) for p in subfolders(folder)}
+        classes = {name: paths for name, paths in folders.items() if paths}
+        side_by_side = [p for p in folder.iterdir()
+                        if p.suffix.lower() in SUFFIXES and not is_hidden(p.name)]
+        if classes and side_by_side:
+            raise UsageError(
+                f"--data {folder}: {len(side_by_side)} images (such as {side_by_side[0].name}) lie "
+                f"next to folders with images (such as {next(iter(classes))}/): move them into a "
+                "folder of their class, or all images into one folder")
+        return classes or {FLAT: find_images(folder, self.left_out)}
+
+    @staticmethod
+    def held_out(paths, split):
+        """Every tenth of a class's images for "val", the others for "train"."""
+        if len(paths) == 1:
+            return paths if split == "train" else []
+        return [p for i, p in enumerate(paths) if (i % 10 == 0) == (split == "val")]
+
+    def drop_unreadable(self):
+        """Forget the images that cannot be read, and say how many."""
+        good = readable(self.paths)
+        bad = [path for path, ok in zip(self.paths, good) if not ok]
+        self.targets = list(itertools.compress(self.targets, good))
+        self.paths = list(itertools.compress(self.paths, good))
+        if bad:
+            self.about += f"; skipped {len(bad)} unreadable images, the first is {bad[0]}"
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
         try:
-            return read_image(self.paths[index]), self.labels[index]
+            return read_image(self.paths[index]), self.targets[index]
         except Exception as error:  # PIL has a dozen ways to say that a file is broken
             raise UsageError(f"cannot read the image {self.paths[index]} ({error}): "
                              "repair or remove it, or pass --skip-bad-images")
 
 
-def read_image(path):
-    """File -> RGB PIL image, whatever its mode: grey, palette, transparent, CMYK or 16 bits a channel."""
-    Image.MAX_IMAGE_PIXELS = None  # one's own photographs may be large
-    image = Image.open(path)
-    if image.mode.startswith("I"):  # 16 bits: PIL would clip the values at 255 instead of scaling them
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def find_images(folder):
-    """Folder -> (paths, labels, classes), sorted. Class folders give the classes; images side by side are one class."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-    images_below = lambda top: sorted(p for p in top.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
-    if not folder.is_dir():
-        raise UsageError(f"--data {folder}: no such folder (or say shapes or cifar10)")
-    classes = {p.name: images_below(p) for p in sorted(folder.iterdir()) if p.is_dir()}
-    classes = {name: paths for name, paths in classes.items() if paths}
-    if not classes:
-        classes = {folder.resolve().name: images_below(folder)}
-    paths = [p for images in classes.values() for p in images]
-    if not paths:
-        raise UsageError(f"--data {folder}: no images in it ({' '.join(IMG_EXTENSIONS)})")
-    labels = [label for label, images in enumerate(classes.values()) for _ in images]
-    return paths, labels, list(classes)
-
-
-def open_folder(folder, split):
-    """The Folder of one split. Without both train/ and val/, every tenth image is held out; split "all" takes everything."""
-    folder = Path(folder)
-    parts = [folder / name for name in ("train", "val") if (folder / name).is_dir()]
-    if len(parts) == 2 and split != "all":
-        paths, labels, classes = find_images(folder / split)
-        known = find_images(folder / "train")[2] if split == "val" else classes
-        if set(classes) - set(known):
-            raise UsageError(f"--data {folder}: classes in val but not in train: "
-                             f"{', '.join(sorted(set(classes) - set(known))[:5])}")
-        return Folder(paths, [known.index(classes[label]) for label in labels], known)
-    paths, labels, classes = find_images(parts[0] if len(parts) == 1 else folder)
-    if split == "all":
-        return Folder(paths, labels, classes)
-    if len(paths) < 2:
-        raise UsageError(f"--data {folder}: one image cannot be split into train and val: add more")
-    chosen = [i for i in range(len(paths)) if (i % 10 == 0) == (split == "val")]
-    return Folder([paths[i] for i in chosen], [labels[i] for i in chosen], classes)
-
-
-def crop(image, size, place=(0.5, 0.5), flip=False):
-    """ADM's crop (Dhariwal & Nichol 2021), the only one here: PIL image -> (3,H,W) uint8 tensor.
-
-    Halve with a box filter while more than twice too large, resize with a bicubic one until the image just covers
-    size = (H, W), cut at `place`: (0.5, 0.5) is the centre, (0, 0) the top left corner, (1, 1) the bottom right one.
-    """
-    height, width = size
-    while min(image.width // width, image.height // height) >= 2:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    if covering != image.size:
-        image = image.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (int(p * (have - want + 0.999)) for p, have, want in zip(place, covering, (width, height)))
-    pixels = np.asarray(image)[top:top + height, left:left + width]
-    return torch.from_numpy(np.array(pixels[:, ::-1] if flip else pixels)).permute(2, 0, 1).contiguous()
-
-
-class Images(Dataset):
-    """Crops of a source of (PIL image, class) as (x (3,H,W) uint8, class).
-
-    [index] is the centre crop; [index, epoch] a random crop, mirrored half of the time, for training. It depends on
-    (seed, epoch, index) alone, whichever process makes it.
-    """
-
-    def __init__(self, source, image_size, seed=0):
-        self.source, self.image_size, self.seed, self.classes = source, list(image_size), seed, source.classes
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, key):
-        index, epoch = key if isinstance(key, tuple) else (key, None)
-        image, label = self.source[index]
-        if epoch is None:
-            return crop(image, self.image_size), label
-        across, down, mirror = np.random.default_rng([self.seed, epoch, index]).random(3)
-        return crop(image, self.image_size, (across, down), mirror < 0.5), label
-
-    def view(self, index, number):
-        """One of the fixed views that the token cache holds: even numbers as they are, odd ones mirrored; 0 and 1 show the
-        centre, 2 and 3 a first random crop, and so on."""
-        place = np.random.default_rng([self.seed, number // 2, index]).random(2) if number > 1 else (0.5, 0.5)
-        image, label = self.source[index]
-        return crop(image, self.image_size, place, number % 2 == 1), label
-
-    def pixels(self, index, number):
-        """The crop of `view` alone, (3,H,W) uint8."""
-        return self.view(index, number)[0]
-
-
-def open_images(data, split, image_size, seed=0, skip_bad=False):
-    """--data and a split ("train", "val" or, for folders, "all") -> Images."""
-    if data == "shapes":
-        source = Shapes(split if split in Shapes.lengths else "val", image_size)
-    elif data == "cifar10":
-        from torchvision.datasets import CIFAR10
-        try:
-            source = CIFAR10(CACHE, train=split == "train", download=True)
-        except (OSError, RuntimeError) as error:
-            raise UsageError(f"CIFAR-10 could not be downloaded ({error}): put cifar-10-python.tar.gz into {CACHE}")
-    else:
-        source = open_folder(data, split)
-        if skip_bad:
-            drop_bad_images(source)
-    return Images(source, image_size, seed)
-
-
-def drop_bad_images(source):
-    """Read every image of a Folder once and forget those that cannot be read. Says how many."""
+def readable(paths):
+    """Read every image once: a list of whether that worked. UsageError if it never did."""
     from concurrent.futures import ThreadPoolExecutor
 
-    def readable(path):
+    def try_to_read(path):
         with contextlib.suppress(Exception):
             return read_image(path).size > (0, 0)
         return False
 
     with ThreadPoolExecutor() as pool:
-        good = list(tqdm(pool.map(readable, source.paths), total=len(source), desc="reading every image once", disable=None))
+        good = list(tqdm(pool.map(try_to_read, paths), total=len(paths), disable=None,
+                         desc="reading every image once"))
     if not any(good):
-        raise UsageError("none of the images can be read")
-    bad = [p for p, ok in zip(source.paths, good) if not ok]
-    source.paths, source.labels = (list(itertools.compress(values, good)) for values in (source.paths, source.labels))
-    if bad:
-        print(f"skipped {len(bad)} unreadable images, the first is {bad[0]}")
+        raise UsageError(f"none of the {len(paths)} images can be read, such as {paths[0]}")
+    return good
+
+
+def read_image(path):
+    """File -> RGB PIL image, upright, transparent parts on white. (ADM does neither of the two.)
+
+    Any mode of 8 bits is converted. Grey images of 16 bits are scaled by 1/257. Integers of 32
+    bits count as 8 bits up to 255 and as 16 bits up to 65535, floats as 0 (black) to 1 (white).
+    Raises ValueError for other numbers, whose scale only the maker of the file knows.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # one's own photographs may be large
+    if not os.path.isfile(path):   # a FIFO would wait for ever
+        raise ValueError("not a regular file")
+    image = Image.open(path)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        top = {"F": 1.0, "I": 255.0}.get(image.mode, 65535.0)
+        if image.mode == "I" and values.max() > 255:
+            top = 65535.0
+        if not (values.min() >= 0 and values.max() <= top):
+            raise ValueError(f"values of mode {image.mode} from {values.min():g} to "
+                             f"{values.max():g} have no known scale: save it with 8 bits")
+        image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+    image = ImageOps.exif_transpose(image)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def crop(image, size, place=(0.5, 0.5), mirror=False):
+    """ADM's crop (Dhariwal & Nichol 2021), the only one here: PIL image -> (3,H,W) uint8 tensor.
+
+    Halve with a box filter while more than twice too large, resize with a bicubic one until the
+    image just covers size = (H, W), and cut at `place`: (0.5, 0.5) is the centre, (0, 0) the top
+    left corner, (1, 1) the bottom right one. Only the part that is kept is resized.
+    """
+    height, width = size
+    while min(image.width // width, image.height // height) >= 2:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    left = int(place[0] * (covering[0] - width + 0.999))
+    top = int(place[1] * (covering[1] - height + 0.999))
+    if covering == image.size:
+        image = image.crop((left, top, left + width, top + height))
+    else:
+        across, down = image.width / covering[0], image.height / covering[1]
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    pixels = np.array(image)                                                           # (H,W,3)
+    if mirror:
+        pixels = pixels[:, ::-1]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+
+
+class Images(Dataset):
+    """Centre crops of a source of (PIL image, class): index -> (x (3,H,W) uint8, label).
+
+    classes: those of a trained model, so that a label means the same class for both, by name;
+    None takes the source's own. unconditional: every label is 0.
+    """
+
+    def __init__(self, source, image_size, seed=0, classes=None, unconditional=False):
+        self.source, self.image_size, self.seed = source, tuple(image_size), seed
+        self.classes = list(classes or source.classes)
+        if unconditional:
+            self.classes, self.labels = ["all"], [0] * len(source)
+            return
+        known = self.classes
+        if len(known) == 1 and source.classes == [FLAT]:
+            known = [FLAT]
+        unknown = [name for name in source.classes if name not in known]
+        if unknown:
+            raise UsageError(f"the model does not know the classes {', '.join(unknown[:4])} of "
+                             f"these images; it knows {', '.join(known[:4])}, ...")
+        by_name = [known.index(name) for name in source.classes]
+        self.labels = [by_name[target] for target in source.targets]
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return crop(self.source[index][0], self.image_size), self.labels[index]
+
+    def random_crop(self, index, epoch):
+        """(3,H,W) uint8: the crop of a training epoch, mirrored half of the time.
+
+        It depends on (seed, epoch, index) alone, whichever process makes it.
+        """
+        across, down, mirror = np.random.default_rng([self.seed, epoch, index]).random(3)
+        return crop(self.source[index][0], self.image_size, (across, down), mirror < 0.5)
+
+    def views(self, index, numbers):
+        """(V,3,H,W) uint8: some of the fixed views that a token cache holds, from one reading.
+
+        Views 0 and 1 show the centre, 2 and 3 a first random crop, and so on; odd ones are
+        mirrored.
+        """
+        image, crops = self.source[index][0], []
+        for number in numbers:
+            place = (0.5, 0.5)
+            if number > 1:
+                place = np.random.default_rng([self.seed, number // 2, index]).random(2)
+            crops.append(crop(image, self.image_size, place, number % 2 == 1))
+        return torch.stack(crops)
+
+
+class RandomCrops(Dataset):
+    """What trains a tokenizer: (index, epoch) -> (random crop of Images (3,H,W) uint8, label)."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        index, epoch = key
+        return self.images.random_crop(index, epoch), self.images.labels[index]
+
+
+def open_images(data, split, image_size, seed=0, skip_bad=False, classes=None,
+                unconditional=False):
+    """--data and a split ("train", "val" or, for folders, "all") -> Images."""
+    if data == "shapes":
+        source = Shapes("train" if split == "train" else "val", image_size)
+        source.about = f"{len(source)} drawings of 10 classes"
+    elif data == "cifar10":
+        from torchvision.datasets import CIFAR10
+        try:
+            source = CIFAR10(CACHE, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UsageError(f"CIFAR-10 could not be downloaded ({error}): "
+                             f"put cifar-10-python.tar.gz into {CACHE}")
+        source.about = f"{len(source)} images of CIFAR-10"
+    else:
+        source = Folder(data, split)
+        if skip_bad:
+            source.drop_unreadable()
+    return Images(source, image_size, seed, classes, unconditional)
+
+
+def open_splits(args, processes, classes=None):
+    """The training and the validation images of a run. Rank 0 says what was found."""
+    with processes.in_turn():  # the first process downloads, the others find it there
+        train, val = (open_images(args.data, split, args.image_size, args.seed,
+                                  args.skip_bad_images, classes, args.unconditional)
+                      for split in ("train", "val"))
+    processes.say(f"{args.data}: {train.source.about}; validation: {val.source.about}")
+    return train, val
 
 
 class Batches:
-    """Sampler of this process's micro-batches of (index, epoch) for the steps from `start` on, without end.
+    """Sampler of this process's micro-batches of (index, epoch) from step `start` on, endless.
 
-    The epochs' permutations, each from (seed, epoch), are one endless list; step s takes places s*B to (s+1)*B of it, and
-    process r its r-th part. So every number of processes sees the same images, and only the step must be remembered.
+    The epochs' permutations, each from (seed, epoch), make one endless list. Step s takes places
+    s*B to (s+1)*B of it, and process r the r-th part of those. So any number of processes sees
+    the same images, and only the step must be remembered.
     """
 
-    def __init__(self, length, batch_size, start, seed, rank=0, world=1, parts=1):
-        if batch_size % (world * parts):
-            raise UsageError(f"--batch-size {batch_size} cannot be divided among {world} processes x --grad-accum {parts}")
+    def __init__(self, length, batch_size, start, seed, rank=0, world=1, grad_accum=1):
+        if batch_size % (world * grad_accum):
+            raise UsageError(f"--batch-size {batch_size} cannot be divided among {world} processes "
+                             f"x --grad-accum {grad_accum}")
         if batch_size > length:
-            raise UsageError(f"--batch-size {batch_size} is larger than the {length} training images: lower it")
+            raise UsageError(f"--batch-size {batch_size} is larger than the {length} training "
+                             "images: lower it")
         self.length, self.batch_size, self.start, self.seed = length, batch_size, start, seed
-        self.parts = range(rank * parts, (rank + 1) * parts)
-        self.share = batch_size // (world * parts)
+        self.size = batch_size // (world * grad_accum)  # of a micro-batch
+        self.micro_batches = range(rank * grad_accum, (rank + 1) * grad_accum)
+        self.permutation = functools.lru_cache(2)(self.permutation)
+
+    def permutation(self, epoch):
+        return np.random.default_rng([self.seed, epoch]).permutation(self.length)
 
     def __iter__(self):
-        permutation = {}
         for step in itertools.count(self.start):
-            for part in self.parts:
-                first = step * self.batch_size + part * self.share
-                places = [divmod(place, self.length) for place in range(first, first + self.share)]
-                for epoch in {epoch for epoch, _ in places} - permutation.keys():
-                    if len(permutation) > 1:
-                        permutation.pop(min(permutation))
-                    permutation[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-                yield [(int(permutation[epoch][place]), epoch) for epoch, place in places]
+            for number in self.micro_batches:
+                first = step * self.batch_size + number * self.size
+                keys = []
+                for place in range(first, first + self.size):
+                    epoch, position = divmod(place, self.length)
+                    keys.append((int(self.permutation(epoch)[position]), epoch))
+                yield keys
+
+
+def load_batches(args, processes, dataset, start):
+    """Endless iterator of this process's micro-batches of `dataset`, from step `start` on."""
+    batches = Batches(len(dataset), args.batch_size, start, args.seed, processes.rank,
+                      processes.world, args.grad_accum)
+    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers(args, processes),
+                           pin_memory=processes.device.type == "cuda",
+                           worker_init_fn=ignore_interrupts))
+
+
+def workers(args, processes):
+    """How many processes decode images: --num-workers, or 8 for a GPU and 0 for a CPU."""
+    if args.num_workers is not None:
+        return args.num_workers
+    return 8 if processes.device.type == "cuda" else 0
+
+
+def ignore_interrupts(worker):
+    """Ctrl-C reaches all processes of a terminal; the loaders live on until training has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_float(x, device):
     """(B,3,H,W) uint8 -> fp32 in [-1, 1] on the device, channels last."""
-    return x.to(device, non_blocking=True).float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
+    x = x.to(device, non_blocking=True).float() / 127.5 - 1
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def to_uint8(x):
-    """(B,3,H,W) in [-1, 1] -> uint8, rounded and clamped: what a saved picture holds, and so what every metric sees."""
+    """(B,3,H,W) in [-1, 1] -> uint8, clamped and rounded: what a saved picture holds, and what
+    every metric sees."""
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# ------------------------------------------------------------------------------------------------ processes, devices, files
+def spread(dataset, limit):
+    """At most `limit` indices spread evenly over a data set, the first and the last included."""
+    count = min(len(dataset), limit)
+    return torch.linspace(0, len(dataset) - 1, count).round().long()
 
+
+def save_grid(path, pictures, columns):
+    """PNG of pictures (N,3,H,W) uint8 in rows of `columns`."""
+    from torchvision.utils import save_image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(pictures.cpu().float() / 255, path, nrow=columns, padding=2)
+
+
+# ---- Stage one: the tokenizer -------------------------------------------------------------------
+
+def tokenizer_arguments(args):
+    """The constructor arguments of the Tokenizer that the flags describe."""
+    depth = int(math.log2(args.downsample)) + 1
+    return dict(quantizer=args.quantizer, levels=list(args.levels), alpha=args.alpha,
+                edges=args.edges, hidden=args.hidden, multipliers=args.multipliers[:depth],
+                num_res_blocks=args.num_res_blocks, num_groups=args.num_groups)
+
+
+class TokenizerTraining:
+    """Stage one, as `fit` wants it: networks, batches, the loss of a step, validation."""
+
+    def __init__(self, args, processes, saved):
+        self.args, self.processes = args, processes
+        classes = saved["classes"] if saved else None
+        images, self.val_images = open_splits(args, processes, classes)
+        start = saved["step"] if saved else 0
+        self.batches = load_batches(args, processes, RandomCrops(images), start)
+
+        device = processes.device
+        torch.manual_seed(seed_of(args.seed, -1))
+        network = tokenizer_arguments(args)
+        with building("the flags"):
+            self.model = Tokenizer(**network).to(device, memory_format=torch.channels_last)
+        if args.init_from:
+            load_weights(self.model, load_checkpoint(args.init_from, "tokenizer"), "ema")
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.critic, self.lpips = None, None
+        optimizer = make_optimizer(args, self.model)
+        self.modules = {"model": self.model, "ema": self.ema}
+        self.optimizers = {"optimizer": (self.model, optimizer)}
+        if args.disc_start >= 0:
+            layers = discriminator_layers(min(args.image_size))
+            self.critic = PatchDiscriminator(n_layers=layers).to(device)
+            self.modules["critic"] = self.critic
+            self.optimizers["critic_optimizer"] = (self.critic, make_optimizer(args, self.critic))
+        if args.perceptual_weight:
+            with processes.in_turn(), building("--perceptual-weight needs LPIPS"):
+                self.lpips = load_lpips("vgg", args.pretrained).to(device)
+
+        # What is called in training: compiled, with gradients averaged over the processes.
+        self.network = processes.wrap(maybe_compile(args, self.model))
+        self.critic_network = self.critic
+        if self.critic:
+            self.critic_network = processes.wrap(self.critic, broadcast_buffers=False)
+        self.header = {"kind": "tokenizer", "network": network, "classes": images.classes}
+        levels = " ".join(map(str, self.model.levels))
+        processes.say(f"tokenizer {args.size}: {args.quantizer} {levels} at {args.downsample}x down"
+                      f", {count_parameters(self.model)}; {processes.describe()}")
+
+    def trains_critic(self, step):
+        """From --disc-start on, even steps train the tokenizer and odd ones the critic."""
+        return 0 <= self.args.disc_start <= step and step % 2 == 1
+
+    def turn(self, step):
+        """(network, optimizer) that this step trains."""
+        if self.trains_critic(step):
+            return self.critic_network, self.optimizers["critic_optimizer"][1]
+        return self.network, self.optimizers["optimizer"][1]
+
+    def loss(self, batch, step):
+        """A micro-batch -> (scalar to minimise, {name: scalar to log})."""
+        x = to_float(batch[0], self.processes.device)                                  # (B,3,H,W)
+        if self.trains_critic(step):
+            self.model.eval()  # the latents' running statistics are those of tokenizer steps
+            with torch.no_grad():
+                reconstruction = self.model(x)[0]
+            real, fake = self.critic_network(x), self.critic_network(reconstruction)
+            loss = discriminator_loss(real, fake)
+            return loss, {"d_loss": loss}
+        reconstruction, _, bottleneck = self.network(x)
+        loss, logged = reconstruction_loss(x, reconstruction, self.lpips,
+                                           self.args.perceptual_weight)
+        logged["bottleneck"] = bottleneck
+        total = loss + bottleneck * (KL_WEIGHT if self.args.quantizer == "vae" else 1.0)
+        if 0 <= self.args.disc_start <= step:
+            # The plain critic: its DDP wrapper would wait for gradients that this step lacks.
+            adversarial, logged["g_loss"], logged["d_weight"] = adversarial_loss(
+                reconstruction, loss, self.critic, self.model.decoder.conv_out.weight,
+                self.args.disc_weight)
+            total = total + adversarial
+        return total, {"loss": total, **logged}
+
+    def validate(self):
+        """(columns for the log, entries for the checkpoint); draws reconstructions.png."""
+        places = spread(self.val_images, 1000)
+        report = measure_tokenizer(self.ema, self.val_images, places, self.processes,
+                                   {"psnr": psnr, "l1": l1_distance})
+        columns = {f"val_{name}": report[name] for name in ("l1", "psnr")}
+        if report["codes"]:
+            columns["val_use"] = report["codes"]["use"]
+            columns["val_entropy_bits"] = report["codes"]["entropy_bits"]
+        if self.processes.rank == 0:
+            draw_reconstructions(self.args.out / "reconstructions.png", self.ema,
+                                 self.val_images, self.processes)
+        return columns, {"latents": report["latents"]}
+
+
+def l1_distance(x, y):
+    """Mean absolute difference on the scale of [-1, 1]: x, y (B,3,H,W) in [0, 1] -> (B,)."""
+    return 2 * (x - y).abs().mean((1, 2, 3))
+
+
+@torch.no_grad()
+def measure_tokenizer(model, images, places, processes, metrics, watch=None, batch_size=64,
+                      num_workers=0):
+    """Reconstruct images[places], shared among the processes, and report what a tokenizer does.
+
+    metrics: {name: function of (x, y), both (B,3,H,W) in [0, 1] after uint8 -> (B,)}
+    watch: called with (places in the list (B,), x, y uint8 (B,3,H,W)) for each batch
+    Returns {name: mean over images}, "images", "images_per_s", "codes" (CodeUsage.report or
+    None), and "latents": of z, channel by channel, "mean" and "std", by which DiT normalises;
+    of what comes into a scalar quantizer "pre_mean", "pre_std", and "ks", the largest gap between
+    the distribution of y = bound(pre) and the uniform one (from 4,096 bins; 0 is uniform).
+    Neither the batch size nor the number of processes changes the numbers.
+    """
+    model.eval()
+    device = processes.device
+    exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    scalar = model.quantizer in ("ifsq", "fsq")
+    usage = CodeUsage(model.levels) if model.discrete else None
+    scores = torch.zeros(len(places), len(metrics), dtype=exact)
+    sums = torch.zeros(4, model.latent_dim, dtype=torch.float64)  # of z, z^2, pre, pre^2
+    bins = torch.zeros(model.latent_dim, 4096, dtype=torch.float64)
+    count, seconds = torch.zeros((), dtype=torch.float64), 0.0
+    mine = torch.arange(processes.rank, len(places), processes.world)
+    loader = DataLoader(Subset(images, places[mine].tolist()), batch_size,
+                        num_workers=num_workers)
+    for part, (x, _) in zip(mine.split(batch_size), tqdm(
+            loader, desc="reconstructing", leave=False, disable=processes.quiet())):
+        begin = time.perf_counter()
+        with processes.autocast():
+            pre = model.pre(to_float(x, device))
+            z, indices, _ = model.quantize(pre)
+            y = to_uint8(model.decode(z)).cpu()  # .cpu() waits for the device
+        seconds += time.perf_counter() - begin
+        a, b = (pictures.to(device, exact) / 255 for pictures in (x, y))
+        for column, metric in enumerate(metrics.values()):
+            scores[part, column] = metric(a, b).to("cpu", exact)
+        if watch:
+            watch(part, x, y)
+        if usage:
+            usage.update(indices)
+        z = z.cpu().double().movedim(1, -1).flatten(0, -2)                             # (N,d)
+        count += len(z)
+        sums[0] += z.sum(0)
+        sums[1] += z.square().sum(0)
+        if scalar:
+            pre = pre.cpu().movedim(1, -1).flatten(0, -2)                              # (N,d)
+            sums[2] += pre.double().sum(0)
+            sums[3] += pre.double().square().sum(0)
+            place = ((bound(pre, model.quantize.fsq.alpha) + 1) * 2048).long().clamp(max=4095)
+            bins.scatter_add_(1, place.T, torch.ones_like(place.T, dtype=torch.float64))
+    scores, sums = processes.sum(scores), processes.sum(sums)  # one process wrote each row
+    sums, bins = sums / processes.sum(count), processes.sum(bins)
+    std = (sums[1::2] - sums[::2].square()).clamp(min=0).sqrt()                        # (2,d)
+    latents = {"mean": sums[0].tolist(), "std": std[0].tolist()}
+    if scalar:
+        cdf = bins.cumsum(1) / bins.sum(1, keepdim=True)
+        gap = (cdf - torch.arange(1, 4097) / 4096).abs().amax(1)
+        latents.update(pre_mean=sums[2].tolist(), pre_std=std[1].tolist(), ks=gap.tolist())
+    if usage and processes.world > 1:
+        usage.all_reduce()
+    return {**dict(zip(metrics, scores.mean(0).tolist())), "images": len(places),
+            "images_per_s": processes.world * len(mine) / seconds,
+            "codes": usage.report() if usage else None, "latents": latents}
+
+
+@torch.no_grad()
+def draw_reconstructions(path, model, images, processes, columns=8):
+    """PNG: rows of validation images, each above its reconstructions."""
+    x = torch.stack([images[i][0] for i in spread(images, 2 * columns).tolist()])
+    with processes.autocast():
+        y = to_uint8(model(to_float(x, processes.device))[0]).cpu()
+    rows = [torch.cat(pair) for pair in zip(x.split(columns), y.split(columns))]
+    save_grid(path, torch.cat(rows), columns)
+
+
+# ---- The tokens: the data set as integers -------------------------------------------------------
+
+class Codec(NamedTuple):
+    """The frozen tokenizer of stage two: from cached tokens to latents, and back to pictures.
+
+    `tokens` are what the cache holds: indices (B,T) int64, or latents (B,d,h,w) if the tokenizer
+    is continuous. `latents` are normalised by channel, about N(0, 1): the data of DiT.
+    """
+    tokenizer: Tokenizer
+    mean: torch.Tensor    # (1,d,1,1), of z over validation images
+    std: torch.Tensor     # (1,d,1,1)
+    grid: tuple           # (h, w)
+
+    def plain(self, tokens):
+        """tokens -> z (B,d,h,w) as the decoder takes it."""
+        if self.tokenizer.discrete:
+            return self.tokenizer.latents_of(tokens.unflatten(1, self.grid))
+        return tokens
+
+    def latents(self, tokens):
+        """tokens -> normalised latents (B,d,h,w)."""
+        return (self.plain(tokens) - self.mean) / self.std
+
+    def decode(self, latents):
+        """Normalised latents (B,d,h,w) -> pictures (B,3,H,W) uint8."""
+        return to_uint8(self.tokenizer.decode(latents * self.std + self.mean))
+
+    def decode_indices(self, indices):
+        """indices (B,T) int64 -> pictures (B,3,H,W) uint8."""
+        return to_uint8(self.tokenizer.decode_indices(indices.unflatten(1, self.grid)))
+
+
+def load_codec(checkpoint, image_size, device):
+    """The Codec of a tokenizer's checkpoint, or of the part of a generator's that holds one."""
+    with building("the tokenizer"):
+        tokenizer = Tokenizer(**checkpoint["network"])
+    load_weights(tokenizer, checkpoint, "ema")
+    tokenizer = tokenizer.to(device, memory_format=torch.channels_last)
+    tokenizer.eval().requires_grad_(False)
+    f = tokenizer.downsample
+    if any(side % f for side in image_size):
+        raise UsageError(f"images of {image_size[0]} x {image_size[1]} px do not divide by the "
+                         f"tokenizer's downsampling of {f}: set --image-size to a multiple")
+    grid = tuple(side // f for side in image_size)
+    latents = checkpoint.get("latents") or {"mean": [0.0] * tokenizer.latent_dim,
+                                            "std": [1.0] * tokenizer.latent_dim}
+    mean, std = (torch.tensor(latents[name], dtype=torch.float32, device=device).view(1, -1, 1, 1)
+                 for name in ("mean", "std"))
+    return Codec(tokenizer, mean, std.clamp(min=1e-6), grid)
+
+
+class Tokens(Dataset):
+    """A data set as its tokenizer sees it: index -> (tokens of the centre view, label).
+
+    array: (images, views, T) integers, or (images, views, d, h, w) fp16 latents, read from disk.
+    """
+
+    def __init__(self, array, images):
+        self.array, self.images, self.labels = array, images, images.labels
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, index):
+        return self.view(index, 0), self.labels[index]
+
+    def view(self, index, number):
+        """One view's tokens: (T,) int64, or (d,h,w) fp32."""
+        values = self.array[index, number]
+        kind = np.float32 if values.dtype.kind == "f" else np.int64
+        return torch.from_numpy(values.astype(kind))
+
+
+class RandomViews(Dataset):
+    """What trains a generator: (index, epoch) -> (tokens of one of the views, label).
+
+    with_pixels: also the crop (3,H,W) uint8 that the tokens were made of, for REPA's teacher.
+    """
+
+    def __init__(self, tokens, seed, with_pixels=False):
+        self.tokens, self.seed, self.with_pixels = tokens, seed, with_pixels
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, key):
+        index, epoch = key
+        number = seed_of(self.seed, epoch, index) % self.tokens.array.shape[1]
+        item = self.tokens.view(index, number), self.tokens.labels[index]
+        if not self.with_pixels:
+            return item
+        return *item, self.tokens.images.views(index, [number])[0]
+
+
+class AllViews(Dataset):
+    """index -> (V,3,H,W) uint8: what the cache is made of, each file read once."""
+
+    def __init__(self, images, views):
+        self.images, self.views = images, views
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images.views(index, range(self.views))
+
+
+def cache_key(checkpoint, images, data, split, views):
+    """What cached tokens depend on: the tokenizer, the images' contents, and the crops."""
+    digest = hashlib.sha256(json.dumps(checkpoint["network"], sort_keys=True).encode())
+    for name, weight in sorted(checkpoint["ema"].items()):
+        digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+    if isinstance(images.source, Folder):
+        data = []
+        for path in images.source.paths:
+            status = path.stat()  # both times: an editor may set the first one back
+            data.append((os.path.relpath(path, images.source.folder), status.st_size,
+                         status.st_mtime_ns, status.st_ctime_ns))
+    seed = images.seed if views > 2 else None
+    digest.update(repr((data, split, len(images), images.image_size, views, seed)).encode())
+    return digest.hexdigest()[:16]
+
+
+def open_cache(path, shape, dtype, codebook_size):
+    """The array in a cache file, or None if it is not there or not whole."""
+    try:
+        if not path.is_file():
+            return None
+        array = np.load(path, mmap_mode="r")
+        if array.shape != shape or array.dtype != dtype:
+            return None
+        for part in np.array_split(array, max(1, array.nbytes // 2**26)):
+            if codebook_size and not (part.min() >= 0 and part.max() < codebook_size):
+                return None
+            if not codebook_size and not np.isfinite(part).all():
+                return None
+        return array
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+@torch.no_grad()
+def cached_tokens(args, processes, checkpoint, codec, images, split, views):
+    """The Tokens of a data set: found in --cache-dir, or encoded now by all processes together.
+
+    Every writer has a file of its own, which gets the cache's name when it is whole, so that two
+    runs may fill the same cache at once.
+    """
+    tokenizer = codec.tokenizer
+    if tokenizer.discrete:
+        size = math.prod(tokenizer.levels)
+        shape, dtype = (len(images), views, math.prod(codec.grid)), np.min_scalar_type(size - 1)
+    else:
+        size = None
+        shape, dtype = (len(images), views, tokenizer.latent_dim, *codec.grid), np.dtype("float16")
+    key = cache_key(checkpoint, images, args.data, split, views)
+    path = args.cache_dir / f"{split}-{key}.npy"
+    array = open_cache(path, shape, dtype, size)
+    if processes.largest(array is None):  # if one process does not have it, all make it
+        temporary = path.with_name(f".{path.name}.{processes.agree(uuid.uuid4().hex)}")
+        try:
+            if processes.rank == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.lib.format.open_memmap(temporary, "w+", dtype, shape).flush()
+            processes.barrier()
+            write_tokens(temporary, args, processes, tokenizer, images, split)
+            processes.barrier()
+            if processes.rank == 0:
+                os.replace(temporary, path)
+            processes.barrier()
+        except OSError as error:
+            megabytes = math.prod(shape) * dtype.itemsize / 1e6
+            raise UsageError(f"cannot write {megabytes:.0f} MB into {path.parent} ({error}): make "
+                             "room, or choose another --cache-dir")
+        finally:
+            if processes.rank == 0:
+                temporary.unlink(missing_ok=True)
+        array = open_cache(path, shape, dtype, size)
+        if array is None:
+            raise UsageError(f"{path} was written and cannot be read back: check the disk, and "
+                             "that all machines share --cache-dir")
+    return Tokens(array, images)
+
+
+def write_tokens(path, args, processes, tokenizer, images, split):
+    """Encode this process's share of the images into its rows of the .npy file at `path`."""
+    array = np.load(path, mmap_mode="r")
+    first, last = (len(images) * rank // processes.world
+                   for rank in (processes.rank, processes.rank + 1))
+    views = array.shape[1]
+    loader = DataLoader(Subset(AllViews(images, views), range(first, last)),
+                        max(1, 128 // views), num_workers=workers(args, processes),
+                        worker_init_fn=ignore_interrupts)
+    bar = tqdm(total=last - first, desc=f"encoding {split}", unit="image",
+               disable=processes.quiet())
+    with open(path, "r+b") as file:  # plain writes: a full disk is an error, not a crash
+        file.seek(array.offset + first * array[:1].nbytes)
+        for x in loader:                                                               # (B,V,3,H,W)
+            z, indices = tokenizer.encode(to_float(x.flatten(0, 1), processes.device))
+            tokens = z if indices is None else indices
+            file.write(tokens.cpu().numpy().astype(array.dtype).tobytes())
+            bar.update(len(x))
+    bar.close()
+
+
+# ---- Stage two: a generator ---------------------------------------------------------------------
+
+class LlamaGenTask:
+    """What is particular to LlamaGen: it predicts the integers, one after the other."""
+
+    val_column, probe_time = "val_bits_per_token", None
+    sampling = dict(cfg_scale=2.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
+
+    def arguments(self, args, codec):
+        """Constructor arguments, but for num_classes and grad_checkpoint."""
+        levels = codec.tokenizer.levels
+        groups = args.token_groups
+        if groups == 0:  # the fewest that keep each digit's vocabulary within 4096
+            divisors = [g for g in range(1, len(levels) + 1) if len(levels) % g == 0]
+            groups = next((g for g in divisors if max(llamagen.group_vocab(levels, g)) <= 4096),
+                          len(levels))
+        n_layer, dim, n_head = llamagen.SIZES[args.size]
+        return dict(grid=codec.grid, vocab_sizes=llamagen.group_vocab(levels, groups),
+                    n_layer=n_layer, n_head=n_head, dim=dim, dropout=args.dropout)
+
+    def loss(self, network, codec, tokens, labels, drop, layer):
+        """(scalar loss, {name: scalar to log}, hidden state (B,T,C) or None)."""
+        output, hidden = network(labels, tokens, drop=drop, hidden_layer=layer), None
+        if layer:
+            output, hidden = output
+        loss = llamagen.cross_entropy(output, tokens)
+        return loss, {"loss": loss}, hidden
+
+    def validation_loss(self, model, codec, tokens, labels, block):
+        """Bits a token, mean over the batch."""
+        return llamagen.cross_entropy(model(labels, tokens), tokens) / math.log(2)
+
+    def sample(self, model, codec, labels, generators, settings):
+        """Pictures (B,3,H,W) uint8; sample i takes its randomness from generators[i]."""
+        shape = math.prod(model.grid), len(model.vocab_sizes)
+        uniforms = torch.stack([torch.rand(shape, generator=g) for g in generators])
+        indices = llamagen.sample(model, labels, uniforms.to(labels.device), **settings)
+        return codec.decode_indices(indices)
+
+    def states(self, model, codec, tokens, labels, layers, generators):
+        """The hidden states (B,T,C) after `layers`, a list, of an image's own tokens."""
+        return model(labels, tokens, hidden_layer=layers)[1]
+
+
+class DiTTask:
+    """What is particular to DiT: it turns noise into the latents that the integers stand for."""
+
+    val_column = "val_loss"
+    probe_time = 0.5  # where on the path from noise (0) to data (1) the layers are probed
+    sampling = dict(cfg_scale=1.0, cfg_interval=(0.0, 1.0), sampler="euler", sample_steps=250,
+                    timestep_shift=1.0, guide_channels=None)
+
+    def arguments(self, args, codec):
+        """Constructor arguments, but for num_classes and grad_checkpoint."""
+        depth, hidden_size, num_heads = dit.SIZES[args.size]
+        return dict(input_size=codec.grid, in_channels=codec.tokenizer.latent_dim, depth=depth,
+                    hidden_size=hidden_size, num_heads=num_heads, patch_size=args.patch_size)
+
+    def loss(self, network, codec, tokens, labels, drop, layer):
+        """(scalar loss, {name: scalar to log}, hidden state (B,T,C) or None)."""
+        x1 = codec.latents(tokens)                                                     # (B,d,h,w)
+        t = dit.logit_normal_t(len(x1), device=x1.device)
+        result = dit.flow_matching_loss(network, x1, labels, torch.randn_like(x1), t, drop=drop,
+                                        hidden_layer=layer)
+        logged = {"loss": result["loss"], "mse": result["mse"].mean(),
+                  "cosine": result["cosine"].mean()}
+        return result["loss"], logged, result.get("hidden")
+
+    def validation_loss(self, model, codec, tokens, labels, block):
+        """The velocity's squared error at fixed times and with fixed noise, so that runs can be
+        compared: the n images of a block stand at t = 0.5/n, 1.5/n, ... in a shuffled order."""
+        x1 = codec.latents(tokens)                                                     # (B,d,h,w)
+        generator = torch.Generator().manual_seed(seed_of(0, block))
+        noise = torch.randn(x1.shape, generator=generator).to(x1)
+        t = ((torch.randperm(len(x1), generator=generator) + 0.5) / len(x1)).to(x1)
+        return dit.flow_matching_loss(model, x1, labels, noise, t, cosine=False)["loss"]
+
+    def sample(self, model, codec, labels, generators, settings):
+        """Pictures (B,3,H,W) uint8; sample i takes its randomness from generators[i]."""
+        shape = model.in_channels, *model.input_size
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        settings = dict(settings)
+        steps = settings.pop("sample_steps")
+        return codec.decode(dit.sample(model, noise.to(labels.device), labels, steps, **settings))
+
+    def states(self, model, codec, tokens, labels, layers, generators):
+        """The hidden states (B,T,C) after `layers`, a list, of an image half of the way to noise."""
+        x1 = codec.latents(tokens)                                                     # (B,d,h,w)
+        noise = torch.stack([torch.randn(x1.shape[1:], generator=g) for g in generators])
+        x_t = torch.lerp(noise.to(x1), x1, self.probe_time)
+        t = torch.full((len(x_t),), self.probe_time, device=x1.device)
+        return model(x_t, t, labels, hidden_layer=layers)[1]
+
+
+TASKS = {"llamagen": LlamaGenTask(), "dit": DiTTask()}
+MODELS = {"llamagen": llamagen.LlamaGen, "dit": dit.DiT}
+
+
+class GeneratorTraining:
+    """Stage two, as `fit` wants it: networks, batches, the loss of a step, validation."""
+
+    def __init__(self, args, processes, saved, tokenizer):
+        """tokenizer: a tokenizer's checkpoint."""
+        self.args, self.processes, self.task = args, processes, TASKS[args.model]
+        device = processes.device
+        self.codec = load_codec(tokenizer, args.image_size, device)
+        if args.model == "llamagen" and not self.codec.tokenizer.discrete:
+            raise UsageError("--model llamagen predicts integers, which a "
+                             f"{self.codec.tokenizer.quantizer} tokenizer does not have: use "
+                             "--model dit or another --quantizer")
+        images, val_images = open_splits(args, processes, saved and saved["classes"])
+        teacher, teacher_state = None, None
+        if args.repa_layer:
+            teacher_state = saved["teacher"] if saved else find_teacher(args, processes, images,
+                                                                        val_images)
+            teacher, name = load_teacher(teacher_state, args.pretrained, processes)
+            processes.say(f"layer {args.repa_layer} is aligned with weight {args.repa_weight:g}; "
+                          f"teacher: {name}")
+        tokens = cached_tokens(args, processes, tokenizer, self.codec, images, "train",
+                               2 * args.crops)
+        self.val_tokens = cached_tokens(args, processes, tokenizer, self.codec, val_images, "val",
+                                        1)
+        if not tokenizer.get("latents"):  # a released tokenizer
+            tokenizer = {**tokenizer, "latents": self.measure_latents()}
+            self.codec = load_codec(tokenizer, args.image_size, device)
+
+        torch.manual_seed(seed_of(args.seed, -1))
+        with building("the flags"):
+            network = dict(self.task.arguments(args, self.codec), num_classes=len(images.classes))
+            self.model = MODELS[args.model](**network, grad_checkpoint=args.grad_checkpoint)
+        if args.init_from:
+            load_weights(self.model, load_checkpoint(args.init_from, args.model), "ema")
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).to(device)
+        whole = self.model.to(device)
+        self.modules = {"model": self.model, "ema": self.ema}
+        self.teacher = teacher
+        if teacher:
+            projector = repa.make_projector(self.model.dim, teacher.dim, args.repa_width)
+            self.modules["projector"] = projector.to(device)
+            whole = repa.Aligned(self.model, projector)  # one module: DDP averages all gradients
+        if args.fsdp:
+            processes.shard(whole, self.model)
+            processes.shard(self.ema, self.ema)
+        optimizer = make_optimizer(args, whole)
+        self.optimizers = {"optimizer": (whole, optimizer)}
+        self.network = processes.wrap(maybe_compile(args, whole))
+        views = RandomViews(tokens, args.seed, with_pixels=teacher is not None)
+        self.batches = load_batches(args, processes, views, saved["step"] if saved else 0)
+        self.header = {"kind": args.model, "network": network, "classes": images.classes,
+                       "tokenizer": {name: tokenizer[name] for name in KEPT if name in tokenizer}}
+        if teacher_state:
+            self.header["teacher"] = teacher_state
+        h, w = self.codec.grid
+        processes.say(f"{args.model} {args.size}: {h} x {w} tokens of "
+                      f"{self.codec.tokenizer.quantizer}, {len(images.classes)} classes, "
+                      f"{count_parameters(self.model)}; {processes.describe()}")
+
+    def measure_latents(self):
+        """{"mean", "std"} of z over validation images, channel by channel."""
+        z = torch.cat([self.codec.plain(self.val_tokens[i][0][None].to(self.processes.device))
+                       for i in spread(self.val_tokens, 1000).tolist()])
+        return {"mean": z.mean((0, 2, 3)).tolist(), "std": z.std((0, 2, 3)).tolist()}
+
+    def turn(self, step):
+        """(network, optimizer) that this step trains."""
+        return self.network, self.optimizers["optimizer"][1]
+
+    def loss(self, batch, step):
+        """A micro-batch -> (scalar to minimise, {name: scalar to log})."""
+        device = self.processes.device
+        tokens, labels = (part.to(device, non_blocking=True) for part in batch[:2])
+        drop = torch.rand(len(labels), device=device) < self.args.class_dropout
+        loss, logged, projected = self.task.loss(self.network, self.codec, tokens, labels, drop,
+                                                 self.args.repa_layer)
+        if self.teacher:
+            features = self.teacher.features(to_float(batch[2], device), self.model.grid)
+            alignment = repa.alignment_loss(projected, features)  # -cos: -1 when they agree
+            loss = loss + self.args.repa_weight * alignment
+            logged["alignment"] = -alignment
+        return loss, logged
+
+    def validate(self):
+        """(columns for the log, entries for the checkpoint); draws samples.png."""
+        ema = self.ema
+        if self.args.fsdp and self.processes.world > 1:  # sampling wants whole layers
+            ema = MODELS[self.args.model](**self.header["network"]).to(self.processes.device)
+            ema.load_state_dict(module_state(self.ema, self.processes, on_all=True))
+        value = validate_generator(self.task, ema, self.codec, self.val_tokens, self.processes)
+        if self.processes.rank == 0:
+            settings = dict(self.task.sampling)
+            if "sample_steps" in settings:
+                settings["sample_steps"] = 25  # enough to see where training stands
+            if self.args.class_dropout == 0:
+                settings["cfg_scale"] = 1.0  # the row of "no class" was never trained
+            classes = min(len(self.header["classes"]), 12)
+            labels = torch.arange(classes).repeat_interleave(6)
+            pictures = sample_pictures(self.task, ema, self.codec, labels, range(len(labels)),
+                                       self.args.seed, settings, self.processes)
+            save_grid(self.args.out / "samples.png", pictures, columns=6)
+        return {self.task.val_column: value}, {}
+
+
+@torch.no_grad()
+def validate_generator(task, model, codec, tokens, processes, batch_size=64, limit=1000):
+    """The validation loss over at most 1,000 centre views, shared among the processes."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)  # of loss * images, of images
+    for block, part in enumerate(spread(tokens, limit).split(batch_size)):
+        if block % processes.world != processes.rank:
+            continue
+        items = [tokens[i] for i in part.tolist()]
+        batch = torch.stack([item[0] for item in items]).to(processes.device)
+        labels = torch.tensor([item[1] for item in items], device=processes.device)
+        with processes.autocast():
+            loss = task.validation_loss(model, codec, batch, labels, block)
+        total += torch.tensor([loss.item() * len(part), len(part)], dtype=torch.float64)
+    total = processes.sum(total)
+    return (total[0] / total[1]).item()
+
+
+@torch.no_grad()
+def sample_pictures(task, model, codec, labels, indices, seed, settings, processes):
+    """Pictures (B,3,H,W) uint8 on the CPU, of classes `labels` (B,) int64.
+
+    indices: B integers that number the samples of the whole run. All randomness of a sample comes
+    from (seed, its index), so it does not matter which process draws it, or in which batch.
+    """
+    generators = [torch.Generator().manual_seed(seed_of(seed, index)) for index in indices]
+    with processes.autocast():
+        return task.sample(model.eval(), codec, labels.to(processes.device), generators,
+                           settings).cpu()
+
+
+# ---- The teacher of REPA ------------------------------------------------------------------------
+
+def find_teacher(args, processes, images, val_images):
+    """The entry "teacher" of a checkpoint: a classifier with its weights, or DINOv2's name.
+
+    --repa-teacher names DINOv2, or a file: DINOv2's weights, a classifier's checkpoint, or that
+    of an aligned generator. "classifier" is trained now, by the first process, if OUT/teacher
+    does not hold one for these classes.
+    """
+    name = args.repa_teacher
+    path = Path(name)
+    if name == "classifier":
+        path = args.out / "teacher" / "ckpt.pt"
+        if processes.rank == 0 and not path.exists():
+            train_teacher(args, processes, images, val_images, path)
+        processes.barrier()
+    elif not path.is_file() or "format" not in read_file(path):
+        return {"kind": "dinov2", "source": name}
+    state = load_checkpoint(path)
+    teacher = state if state["kind"] == "classifier" else state.get("teacher")
+    if not teacher:
+        raise UsageError(f"--repa-teacher {path} is the checkpoint of a {state['kind']} without a "
+                         "teacher: name one of a classifier, or of an aligned generator")
+    if name == "classifier" and teacher["classes"] != images.classes:
+        raise UsageError(f"{path} knows other classes than --data {args.data}: remove it, or "
+                         "choose another --out")
+    return {key: teacher[key] for key in (*KEPT, "accuracy", "source") if key in teacher}
+
+
+def train_teacher(args, processes, images, val_images, path):
+    """Train repa.Classifier on the labels of the images, on one process, and save it."""
+    if len(images.classes) < 2:
+        raise UsageError("a classifier cannot learn from one class: sort the images into a folder "
+                         "for each class, or take --repa-teacher dinov2_vitb14")
+    flags = argparse.Namespace(**{**vars(args), **CLASSIFIER, "grad_accum": 1,
+                                  "model": "classifier"})
+    flags.batch_size = min(flags.batch_size, len(images))
+    alone = processes._replace(rank=0, world=1)
+    torch.manual_seed(seed_of(args.seed, -1))
+    device = processes.device
+    network = {"num_classes": len(images.classes)}
+    model = repa.Classifier(**network).to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(flags, model)
+    batches = ((to_float(x, device), labels.to(device)) for x, labels in
+               load_batches(flags, alone, RandomCrops(images), 0))
+    processes.say(f"first training a classifier of {len(images.classes)} classes as the teacher")
+    repa.train_classifier(model, tqdm(batches, total=flags.steps, desc="teacher", disable=None),
+                          optimizer, flags.steps, device)
+    loader = DataLoader(Subset(val_images, spread(val_images, 1000).tolist()), 64)
+    accuracy = repa.accuracy(model, ((to_float(x, device), y.to(device)) for x, y in loader))
+    processes.say(f"the teacher names {accuracy:.1%} of the validation images")
+    save_checkpoint(path, {"format": 2, "kind": "classifier", "network": network,
+                           "ema": model.state_dict(), "classes": images.classes,
+                           "accuracy": accuracy, "args": plain_args(args), "step": flags.steps})
+
+
+def load_teacher(teacher, folder, processes):
+    """The entry "teacher" of a checkpoint -> (frozen network with .features, its name in words).
+
+    folder: where pretrained weights are looked for, and downloaded to.
+    """
+    if teacher["kind"] == "classifier":
+        with building("the teacher"):
+            model = repa.Classifier(**teacher["network"])
+        load_weights(model, teacher, "ema")
+        model = model.to(processes.device, memory_format=torch.channels_last)
+        name = (f"classifier of {len(teacher['classes'])} classes, accuracy "
+                f"{teacher['accuracy']:.1%}")
+    else:
+        name = teacher["source"]
+        with processes.in_turn(), building(f"--repa-teacher {name}"):
+            model = repa.load_dinov2(name, folder).to(processes.device)
+    return model.eval().requires_grad_(False), name
+
+
+# ---- The loop -----------------------------------------------------------------------------------
+
+def fit(training, args, processes, saved):
+    """Train until args.steps, from the step of the checkpoint `saved` on; the same for all models.
+
+    training: a TokenizerTraining or GeneratorTraining. Leaves OUT/log.csv and OUT/ckpt.pt, and
+    returns the path of the latter.
+    """
+    path, start = args.out / "ckpt.pt", 0
+    scaler = torch.amp.GradScaler(processes.device.type,
+                                  enabled=processes.dtype == torch.float16)
+    if saved:
+        start = saved["step"]
+        load_training(training, scaler, saved, processes)
+    log = Log(args.out / "log.csv", start, saved, processes.rank)
+    bar = tqdm(total=args.steps, initial=start, desc=args.model, unit="step", smoothing=0.05,
+               disable=processes.quiet())
+    entries = {name: saved[name] for name in ("latents",) if saved and name in saved}
+
+    with Interrupts() as interrupts:
+        for step in range(start, args.steps):
+            torch.manual_seed(seed_of(args.seed, step, processes.rank))
+            network, optimizer = training.turn(step)
+            network.train()
+            factor = schedule(args, step)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * factor
+
+            # Forward and backward, in as many micro-batches as it takes for the batch.
+            for micro_step in range(args.grad_accum):
+                # The processes exchange gradients once a step, in its last micro-batch.
+                processes.synchronise(network, micro_step == args.grad_accum - 1)
+                with log.waiting():
+                    batch = next(training.batches)
+                with processes.autocast():
+                    loss, logged = training.loss(batch, step)
+                scaler.scale(loss / args.grad_accum).backward()
+                log.add(logged)
+
+            # The step: gradients of true scale are clipped, then used.
+            scaler.unscale_(optimizer)
+            # The critic is neither clipped nor averaged.
+            is_critic = optimizer is not training.optimizers["optimizer"][1]
+            limit = math.inf if is_critic else args.grad_clip or math.inf
+            norm = nn.utils.clip_grad_norm_(network.parameters(), limit)
+            if not scaler.is_enabled():  # fp16 meets infinite gradients by design, and skips them
+                log.add({"grad_norm": norm})
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if not is_critic:
+                update_ema(training.ema, training.model, args.ema_decay, step)
+
+            # Once in a while: log, validate, save.
+            done, row = step + 1, {}
+            bar.update()
+            stop = processes.largest(interrupts.signal)
+            saving = done % args.save_every == 0 or done == args.steps or stop
+            validating = done % args.eval_every == 0 or (saving and not stop)
+            if done % args.log_every == 0 or validating or saving:
+                log.check(done, training.ema)
+            if done % args.log_every == 0:
+                row = log.means(done, args.batch_size)
+                row["lr"] = args.lr * factor
+                bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}")
+            if validating:
+                columns, entries = training.validate()
+                row.update(columns)
+                processes.say(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
+                log.restart_clock(done)
+            if row:
+                log.write({"step": done, **row})
+            if saving:
+                state = {"format": 2, "args": plain_args(args), "step": done, "log": log.state(),
+                         **training.header, **entries, "scaler": scaler.state_dict(),
+                         **training_state(training, processes)}
+                if processes.rank == 0:
+                    save_checkpoint(path, state)
+            if stop and done < args.steps:
+                bar.close()
+                processes.barrier()
+                processes.say(f"{signal.Signals(stop).name}: saved {path} at step {done}; the same "
+                              "command with --resume continues from there")
+                sys.exit(128 + stop)
+    bar.close()
+    processes.barrier()  # the others may read the checkpoint next
+    return path
+
+
+def schedule(args, step):
+    """The share of --lr in a step: a linear rise over the warm-up, and a linear fall to 0 over the
+    last part of the steps, the cool-down."""
+    rising = (step + 1) / max(1, args.warmup)
+    falling = (args.steps - step) / max(1.0, args.steps * args.cooldown)
+    return min(1.0, rising, falling)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema = decay * ema + (1 - decay) * model, with a smaller decay in the first steps, when there
+    is little to average."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for average, buffer in zip(ema.buffers(), model.buffers()):
+        average.copy_(buffer)
+
+
+# ---- What the loop stands on: the optimizer -----------------------------------------------------
+
+def make_optimizer(args, network):
+    """AdamW or Muon over all parameters of `network`; the loop sets the learning rate."""
+    betas = BETAS.get(args.model, (0.9, 0.95))
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(network.parameters(), lr=args.lr, betas=betas,
+                                 weight_decay=args.weight_decay)
+    return Muon(network, args.lr, args.weight_decay)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum whose matrix is made orthogonal before it is a step.
+
+    The gradient of a weight matrix is nearly of low rank: a few directions take almost all of an
+    SGD or Adam step. With all singular values set to 1, rare directions learn as fast as common
+    ones. For a small tokenizer that is the difference between colour and grey: Adam spends all
+    channels on brightness first.
+
+    Only hidden matrices have this structure. Convolution kernels count as (out, in*kh*kw).
+    Embeddings, output layers, norms and biases take Adam's step, with a tenth of the rate.
+    """
+
+    def __init__(self, network, lr, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95)):
+        matrices, others = [], []
+        for name, parameter in network.named_parameters():
+            outer = any(part in name for part in ("emb", "output", "final_layer"))
+            is_hidden = parameter.ndim > 1 and not outer
+            (matrices if is_hidden else others).append(parameter)
+        groups = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
+                                      betas=betas))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                self.step_muon(group, parameters)
+            else:
+                self.step_adam(group, parameters)
+
+    def step_muon(self, group, parameters):
+        by_shape = {}  # matrices of one shape share their products
+        for p in parameters:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(momentum, group["momentum"])  # Nesterov: one step ahead
+            by_shape.setdefault(p.flatten(1).shape, []).append((p, update.flatten(1)))
+        for (rows, columns), entries in by_shape.items():
+            updates = orthogonalize(torch.stack([update for _, update in entries]))
+            rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+            for (p, _), update in zip(entries, updates):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view(p.shape), alpha=-rate)
+
+    def step_adam(self, group, parameters):
+        beta1, beta2 = group["betas"]
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state.update(count=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+            state["count"] += 1
+            state["mean"].lerp_(p.grad, 1 - beta1)
+            state["square"].lerp_(p.grad.square(), 1 - beta2)
+            mean = state["mean"] / (1 - beta1 ** state["count"])
+            square = state["square"] / (1 - beta2 ** state["count"])
+            p.addcdiv_(mean, square.sqrt().add_(1e-8), value=-0.1 * group["lr"])
+
+
+def orthogonalize(x, steps=5):
+    """(K,M,N) matrices -> U V^T of each U S V^T, roughly: singular values between 0.7 and 1.2.
+
+    Five Newton-Schulz steps x <- a x + b (x x^T) x + c (x x^T)^2 x, with the coefficients of
+    Jordan et al. Since every step multiplies from the left by a polynomial of x x^T, they are
+    taken on that M x M matrix, and x is multiplied once, which is a third of the work for a
+    kernel of 3 x 3.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT, steps).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
+    identity = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
+    gram, product = x @ x.mT, identity                                                 # (K,M,M)
+    for _ in range(steps):
+        polynomial = a * identity + b * gram + c * gram @ gram
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    return product @ x
+
+
+# ---- What the loop stands on: devices and processes ---------------------------------------------
 
 def pick_device(name):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    elif (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
         raise UsageError(f"--device {name}: this machine has none, use --device auto")
     return torch.device(name)
 
 
 def pick_dtype(name, device):
-    """The dtype of autocast; auto is bf16 where the hardware multiplies matrices of it, fp16 on older GPUs, else fp32.
+    """The dtype of autocast. auto: bf16 where the hardware multiplies it, fp16 on older GPUs.
 
-    A CPU needs AMX for that: with AVX-512 alone a bf16 step takes up to twice as long as an fp32 one.
+    A CPU needs AMX for it: with AVX-512 alone a bf16 step takes up to twice as long as an fp32
+    one.
     """
-    if name == "auto" and device.type == "cpu":
-        name = "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+    if name == "auto" and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if native else "fp16"
     elif name == "auto":
-        name = "fp32" if device.type == "mps" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
+        name = "bf16" if amx else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
@@ -545,91 +1505,160 @@ class Processes(NamedTuple):
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def describe(self):
+        return f"{self.world} x {self.device}, {str(self.dtype).removeprefix('torch.')}"
+
+    def say(self, text):
+        """Print on rank 0, above a progress bar."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def quiet(self):
+        """tqdm's `disable`: no bars but on rank 0 in a terminal."""
+        return None if self.rank == 0 else True
+
     def barrier(self):
         if self.world > 1:
             dist.barrier()
 
     def sum(self, tensor):
         """The sum of `tensor` over all processes, on the CPU."""
-        if self.world > 1:
-            tensor = tensor.to(self.device)
-            dist.all_reduce(tensor)
+        if self.world == 1:
+            return tensor.cpu()
+        tensor = tensor.to(self.device, copy=True)
+        dist.all_reduce(tensor)
         return tensor.cpu()
 
     def largest(self, number):
         """The largest of an integer that each process has."""
         if self.world == 1:
             return number
-        number = torch.tensor(number)  # on the CPU: no GPU has to wait
+        number = torch.tensor(int(number))  # on the CPU: no GPU has to wait
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
-    def wrap(self, net, **kwargs):
-        """`net` with its gradients averaged over the processes."""
-        if self.world == 1 or hasattr(net, "set_requires_gradient_sync"):  # alone, or sharded below
-            return net
-        local = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(net, device_ids=local, **kwargs)
+    def agree(self, value):
+        """The value that rank 0 has."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
 
-    def shard(self, net, blocks):
-        """Divide the parameters of `net` among the processes (FSDP), in place; each of `blocks` is made whole when it runs."""
+    @contextlib.contextmanager
+    def in_turn(self):
+        """The first process of each machine goes ahead, and downloads; the others follow."""
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if not first:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if first:
+                self.barrier()
+
+    def wrap(self, network, **kwargs):
+        """`network` with its gradients averaged over the processes."""
+        if self.world == 1 or is_sharded(network):
+            return network
+        local = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=local, **kwargs)
+
+    def shard(self, network, blocks):
+        """Divide the parameters of `network` among the processes (FSDP), in place; each of
+        `blocks` is made whole when it runs."""
         if self.world > 1:
-            from torch.distributed.fsdp import fully_shard  # a second of importing that others need not wait for
+            from torch.distributed.fsdp import fully_shard
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
-            for part in (*blocks, net):
+            for part in (*blocks, network):
                 fully_shard(part, mesh=mesh)
 
+    def synchronise(self, network, now):
+        """Whether the next backward pass exchanges gradients between the processes."""
+        if is_sharded(network):
+            network.set_requires_gradient_sync(now)
+        network.require_backward_grad_sync = now  # what DistributedDataParallel looks at
 
-def start_processes(args):
-    """Join the processes that torchrun started, if it did. Returns Processes."""
+    def require_shared(self, folder):
+        """Raise UsageError on every process if not all of them see the same `folder`."""
+        if self.world == 1:
+            return
+        mark = folder / f".shared-{self.agree(uuid.uuid4().hex)}"
+        if self.rank == 0:
+            mark.touch()
+        self.barrier()
+        missing = self.largest((self.rank + 1) * (not mark.exists()))
+        if self.rank == 0:
+            mark.unlink()
+        if missing:
+            raise UsageError(f"rank {missing - 1} does not see {folder.resolve()}: put --out, "
+                             "--cache-dir and --tokenizer on a disk that all machines share")
+
+
+def start_processes(args, tf32=True):
+    """Join the processes that torchrun started, if it did. Returns Processes.
+
+    tf32: whether fp32 products and convolutions on GPUs may round their inputs to 10 bits, which
+    training takes for speed, and evaluation does not.
+    """
     device = pick_device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
     if "RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise UsageError(f"RANK is set, but the processes do not find each other ({error}): "
+                             "start with torchrun, or unset RANK")
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return Processes(rank, world, device, pick_dtype(args.dtype, device))
 
 
-def gather(tree, keep=True):
-    """Nested dictionaries and lists with the sharded tensors made whole, on the CPU; without `keep`, None in their place.
-
-    All processes must call it, since each holds a part.
-    """
-    if hasattr(tree, "full_tensor"):
-        tree = tree.full_tensor()
-        return tree.cpu() if keep else None
-    if isinstance(tree, dict):
-        return {key: gather(value, keep) for key, value in tree.items()}
-    return [gather(value, keep) for value in tree] if isinstance(tree, list) else tree
+def is_sharded(module):
+    """Whether --fsdp divides its parameters."""
+    return hasattr(module, "set_requires_gradient_sync")
 
 
-def load_state(part, state):
-    """part.load_state_dict(state) for what may be sharded, from the whole tensors that `gather` made."""
-    def split(value, like):
-        if not hasattr(like, "full_tensor") or not isinstance(value, torch.Tensor) or value.shape != like.shape:
-            return value
-        from torch.distributed.tensor import distribute_tensor
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+def maybe_compile(args, network):
+    if not args.compile:
+        return network
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise UsageError(f"--compile needs a C++ compiler, and there is no {compiler}: install "
+                         "one, or leave --compile out")
+    # The adaptive weight of the discriminator goes through the graph twice.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(network)
 
-    if isinstance(part, nn.Module):
-        state = {name: split(value, part.state_dict()[name]) for name, value in state.items()}
-    elif isinstance(part, torch.optim.Optimizer):
-        parameters = [p for group in part.param_groups for p in group["params"]]
-        state = {**state, "state": {i: {name: split(value, parameters[i]) for name, value in values.items()}
-                                    for i, values in state["state"].items()}}
-    part.load_state_dict(state)
+
+def seed_of(*key):
+    """A seed of 63 bits from integers, say (seed, step, rank). Different keys give unrelated
+    seeds."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def count_parameters(model):
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
 
 
 class Interrupts:
-    """Within it, the first SIGTERM or Ctrl-C is only noted in `.signal`, for the loop to save and leave; a second one acts."""
+    """Within it, a first signal to stop is only noted in `.signal`, for the loop to save and
+    leave; a second one acts. SIGHUP is a lost connection, SIGUSR1 Slurm's warning."""
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
     def __enter__(self):
         self.signal, self.before = 0, {}
         with contextlib.suppress(ValueError):  # only a program's main thread may ask for signals
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+            for name in self.names:
+                number = getattr(signal, name, None)  # Windows lacks two of them
+                if number is not None:
+                    self.before[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number, frame):
@@ -641,52 +1670,55 @@ class Interrupts:
             signal.signal(number, handler)
 
 
-def seed_of(*key):
-    """A seed of 63 bits from integers, say (seed, step, rank). Different keys give unrelated seeds."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+@contextlib.contextmanager
+def only_run_in(folder, processes):
+    """Hold OUT/.lock, so that a second run in the same folder is refused."""
+    if processes.rank > 0 or os.name != "posix":
+        yield
+        return
+    import fcntl
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another run is writing to {folder}: wait, or choose another --out")
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+            if not existed:  # a refused run leaves nothing behind
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
-def fetch(name, folder):
-    """The path of a file of pretrained weights in `folder`, downloaded into it if it is not there yet.
+# ---- What the loop stands on: checkpoints -------------------------------------------------------
+# A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionaries:
+#   format, kind, args, network (the model's constructor arguments), step, classes, model, ema,
+#   optimizer, scaler, log; of a tokenizer also latents; of a generator also tokenizer and teacher.
 
-    The download goes to a temporary file, is checked by SHA-256 and moved into place. Raises UsageError, with what to put
-    where, if it fails.
-    """
-    dinov2 = [repa.dinov2_url(name + kind) for name in repa.SIZES for kind in ("", "_reg")]
-    url, sha256 = {
-        "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
-        "alexnet-owt-7be5be79.pth": ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79"),
-        "lpips_vgg.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
-                          "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
-        "lpips_alex.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth",
-                           "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
-        "pt_inception-2015-12-05-6726825d.pth": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                                                 "pt_inception-2015-12-05-6726825d.pth", "6726825d"),
-        **{Path(url).name: (url, "") for url in dinov2},  # published without hashes; `dinov2_from_state` checks the contents
-    }[name]
-    path = Path(folder) / name
-    if path.exists():
-        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha256):
-            raise UsageError(f"{path} is not the published file (its SHA-256 does not begin with {sha256[:8]}): delete it")
-        return path
+KEPT = ("format", "kind", "args", "network", "step", "ema", "classes", "latents")
+
+
+@contextlib.contextmanager
+def building(what):
+    """The border where bad input is met: whatever goes wrong within is the fault of `what`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"{name} could not be downloaded from {url} ({error}): "
-                         f"put it into {path.parent}, or name its folder with --pretrained")
-    return path
-
-
-def load_lpips(net, folder):
-    """LPIPS with its published weights; net "vgg" or "alex". Raises UsageError if they are neither there nor to be had."""
-    backbone, heads = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}[net], f"lpips_{net}.pth"
-    return LPIPS(net, *(torch.load(fetch(name, folder), map_location="cpu", weights_only=True) for name in (backbone, heads)))
+        yield
+    except (UsageError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n")[0][:320]
+        if isinstance(error, (KeyError, AttributeError, TypeError, IndexError)):
+            text = f"{type(error).__name__} {text}"
+        raise UsageError(f"{what}: {text}")
 
 
 def save_checkpoint(path, state):
     """Write `state` so that `path` is at all times either the old file or the whole new one."""
-    temporary = path.with_suffix(".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -694,18 +1726,20 @@ def save_checkpoint(path, state):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        raise UsageError(f"could not save {path} ({error}): make room; the checkpoint that was "
+                         "there before is untouched")
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UsageError(f"could not save {path} ({error}): make room; the checkpoint that was there before is untouched")
 
 
 def read_file(path):
-    """The dictionary in a file of torch.save. Runs no code from the file. Raises UsageError if it holds none."""
-    path = Path(path)
-    if not path.is_file():
+    """The dictionary in a file of torch.save. Runs no code from the file."""
+    if not Path(path).is_file():
         raise UsageError(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True,
+                           mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged file makes of the unpickler
         reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
         raise UsageError(f"{path} is not a whole checkpoint ({reason})")
     if not isinstance(state, dict):
@@ -713,931 +1747,735 @@ def read_file(path):
     return state
 
 
-def load_checkpoint(path):
-    """The dictionary that a training run saved, or one made up for a released file. Raises UsageError if it is neither."""
+def load_checkpoint(path, kind=None, **overrides):
+    """The dictionary that a training run saved, or one made up for a file of the public code.
+
+    kind: what it must be. overrides: levels, alpha, image_size, heads, latent_scale for what a
+    public file does not say. Raises UsageError for anything that is not whole.
+    """
     state = read_file(path)
-    return state if state.get("format") == 1 else released(weights_in(state), path)
+    with building(f"{path} is not a whole checkpoint"):
+        if state.get("format") == 1:
+            state = upgraded(state)
+        elif state.get("format") != 2:
+            state = released(state, Path(path), overrides)
+        check_checkpoint(state, path)
+    if kind and state["kind"] != kind:
+        raise UsageError(f"{path} is the checkpoint of a {state['kind']}, not of a {kind}")
+    return state
 
 
-def weights_in(state):
-    """The weights in a dictionary of ours or of public code: the averaged ones if there are any, their names without prefixes.
+def check_checkpoint(state, path):
+    """Raise UsageError for an entry that is missing or of another type."""
+    types = {"kind": str, "args": dict, "network": dict, "step": int, "ema": dict, "classes": list}
+    for name, wanted in types.items():
+        if not isinstance(state.get(name), wanted) or isinstance(state[name], bool):
+            raise UsageError(f"{path} is not a whole checkpoint: its {name} is a "
+                             f"{type(state.get(name)).__name__}, not a {wanted.__name__}")
+    names = state["classes"]
+    if state["step"] < 0 or not names or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{path} is not a whole checkpoint: step {state['step']}, "
+                         f"{len(names)} classes")
+    if "latents" in state:
+        mean, std = (torch.tensor(state["latents"][name]) for name in ("mean", "std"))
+        d = len(state["ema"]["quant_conv.bias"]) if "quant_conv.bias" in state["ema"] else len(mean)
+        if state["network"].get("quantizer") == "vae":
+            d //= 2
+        if mean.shape != (d,) or std.shape != (d,) or not (mean + std).isfinite().all():
+            raise UsageError(f"{path} is not a whole checkpoint: the statistics of its latents "
+                             f"are not {d} numbers each")
+    for part in ("tokenizer", "teacher"):
+        if part in state and state[part].get("kind") != "dinov2":
+            check_checkpoint(state[part], f"{path}, {part}")
 
-    What belongs to REPA (`projectors.*`) is left out: it is not part of a generator here.
-    """
-    for name in ("ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "gen_model"):
-        if isinstance(state.get(name), dict) and state[name]:
-            return weights_in(state[name])
-    plain = {name.replace("module.", "").replace("_orig_mod.", ""): value for name, value in state.items()}
-    return {name: value for name, value in plain.items() if not name.startswith("projectors.")}
 
-
-def released(weights, path):
-    """A checkpoint around a bare state dict of a tokenizer, LlamaGen or DiT: all arguments are read off the shapes.
-
-    What shapes do not tell is taken from the paper, and said: iFSQ with 17 levels, images of 256 px.
-    """
-    find = lambda pattern: sorted({int(m[1]) for m in (re.match(pattern, name) for name in weights) if m})
-    args = dict(data="unknown", unconditional=False, image_size=[256, 256], seed=0, batch_size=1, grad_checkpoint=False,
-                patch_size=1, dropout=0.0, class_dropout=0.1, token_groups=None, downsample=16)
-    found = {"format": 1, "step": 0, "args": args, "model": weights, "ema": weights, "classes": ["unknown"]}
-    if "encoder.conv_in.weight" in weights and "quant_conv.weight" in weights:
-        hidden, d = len(weights["encoder.conv_in.weight"]), weights["post_quant_conv.weight"].shape[1]
-        widths = [len(weights[f"encoder.down.{i}.block.0.conv2.weight"]) for i in find(r"encoder\.down\.(\d+)\.")]
-        quantizer = ("vq" if "quantize.embedding.weight" in weights else
-                     "vae" if len(weights["quant_conv.weight"]) == 2 * d else "ifsq")
-        args.update(model="tokenizer", size="paper", quantizer=quantizer, levels=[17] * d, alpha=None, edges="half",
-                    hidden=hidden, multipliers=[width // hidden for width in widths], downsample=2 ** (len(widths) - 1),
-                    num_groups=32,
-                    num_res_blocks=len(find(r"encoder\.down\.0\.block\.(\d+)\.")), disc_start=-1, disc_layers=4,
-                    perceptual_weight=1.0, codebook_size=len(weights.get("quantize.embedding.weight", [])) or None)
-    elif "cls_embedding.embedding_table.weight" in weights or "x_embedder.proj.weight" in weights:
-        kind = "llamagen" if "cls_embedding.embedding_table.weight" in weights else "dit"
-        table = weights["cls_embedding.embedding_table.weight" if kind == "llamagen" else "y_embedder.embedding_table.weight"]
-        depth = len(find(r"layers\.(\d+)\." if kind == "llamagen" else r"blocks\.(\d+)\."))
-        sizes = ({name: (size[0], size[2]) for name, size in llamagen.SIZES.items()} if kind == "llamagen"
-                 else {name: size[:2] for name, size in dit.SIZES.items()})
-        size = next((name for name, shape in sizes.items() if shape == (depth, table.shape[1])), None)
-        if size is None:
-            raise UsageError(f"{path}: {depth} layers of width {table.shape[1]} are none of the sizes of --model {kind}")
-        args.update(model=kind, size=size)
-        if kind == "llamagen":
-            args["token_groups"] = max(1, len(find(r"output\.(\d+)\.weight")))
-        else:
-            args["patch_size"] = weights["x_embedder.proj.weight"].shape[2]
-        found["classes"] = [f"class {i}" for i in range(len(table) - 1)]
+def upgraded(state):
+    """A checkpoint of format 1, which did not hold the constructor arguments, as one of 2."""
+    args = argparse.Namespace(**state["args"])
+    state = {**state, "format": 2, "args": {"optimizer": "adamw", **state["args"]}}
+    if state["kind"] == "tokenizer":
+        state["network"] = dict(tokenizer_arguments(args), codebook_size=args.codebook_size)
+    elif state["kind"] == "classifier":
+        state["network"] = {"num_classes": len(state["classes"])}
     else:
-        raise UsageError(f"{path} is no checkpoint of train.py, and its names ({', '.join(list(weights)[:3])}, ...) are those "
-                         "of no public tokenizer, LlamaGen or DiT")
-    known = f"{args['quantizer']} of {args['levels']} levels" if args["model"] == "tokenizer" else f"size {args['size']}"
-    print(f"{path}: released weights of a {args['model']}, taken as {known} for images of 256 px", file=sys.stderr)
-    return {**found, "kind": args["model"]}
+        state["tokenizer"] = upgraded(state["tokenizer"])
+        tokenizer = Tokenizer(**state["tokenizer"]["network"])
+        grid = tuple(side // args.downsample for side in args.image_size)
+        network = TASKS[state["kind"]].arguments(args, Codec(tokenizer, None, None, grid))
+        state["network"] = dict(network, num_classes=len(state["classes"]))
+    if "teacher" in state and state["teacher"]["kind"] == "classifier":
+        state["teacher"] = upgraded(state["teacher"])
+    return state
 
 
-def check_resume(args, saved):
-    """Raise UsageError, naming each, if flags that change the computation differ from those in the checkpoint `saved`."""
-    was, now = saved["args"], plain_args(args)
-    harmless = HARMLESS - ({"steps"} if args.cooldown else set())  # a cool-down depends on the number of steps
-    changed = [f"--{k.replace('_', '-')} was {was.get(k)}, is {v}" for k, v in now.items()
-               if k not in harmless and was.get(k) != v]
-    if changed:
-        raise UsageError(f"cannot continue the run in {args.out} with other settings ({'; '.join(changed)}): "
-                         "repeat them, or choose another --out")
+def released(state, path, overrides):
+    """A checkpoint made of a file of the public code: a bare state dict, or its training state.
+
+    What it is and its sizes follow from its names and shapes, its `config`, and the config.json
+    next to it. What none of them says is taken from `overrides` or, with a word, from the paper.
+    """
+    config = state.get("config") or {}
+    ema = find_weights(state, ("ema", "ema_state_dict"))
+    model = find_weights(state, ("model", "model_state_dict", "state_dict", "gen_model"))
+    if not ema and not model:
+        model = find_weights({"weights": state}, ("weights",))
+    weights = {**model, **ema}  # an average without the frozen encoder is completed
+    said = [] if ema else ["no averaged weights: the raw ones take their place"]
+    args = {"data": None, "image_size": overrides.get("image_size")}
+    checkpoint = {"format": 2, "step": 0, "args": args, "classes": ["all"]}
+    if "encoder.conv_in.weight" in weights:
+        kind, module = "tokenizer", tokenizers
+        beside = path.with_name("config.json")
+        if beside.is_file():
+            config = json.loads(beside.read_text())
+        network = tokenizers.released_arguments(weights, config, overrides.get("levels"),
+                                                overrides.get("alpha"))
+        said.append(f"{network['quantizer']}, levels {network['levels']}, "
+                    f"alpha {network.get('alpha')}")
+        args.update({name: network[name] for name in ("quantizer", "levels", "alpha", "edges")
+                     if name in network}, downsample=2 ** (len(network["multipliers"]) - 1))
+    elif "cls_embedding.embedding_table.weight" in weights or "x_embedder.proj.weight" in weights:
+        kind, module = "llamagen", llamagen
+        if "x_embedder.proj.weight" in weights:
+            kind, module = "dit", dit
+        network = module.released_arguments(weights, heads=overrides.get("heads"))
+        checkpoint["classes"] = [str(i) for i in range(network["num_classes"])]
+        data = config.get("data", {})
+        if data.get("image_size") and not args["image_size"]:
+            args["image_size"] = [data["image_size"]] * 2
+        if kind == "dit":
+            scale = overrides.get("latent_scale") or data.get("latent_multiplier")
+            if not scale:
+                scale = 0.18215
+                said.append("latent scale 0.18215 (--latent-scale)")
+            d = network["in_channels"]
+            checkpoint["latents"] = {"mean": [0.0] * d, "std": [1 / scale] * d}
+            checkpoint["sampling"] = {"guide_channels": 3}  # as the public code guides
+    else:
+        raise UsageError(f"{path} is no checkpoint of train.py, and its names "
+                         f"({', '.join(list(map(str, weights or state))[:3])}, ...) are those of "
+                         "no public tokenizer, LlamaGen or DiT")
+    if not args["image_size"]:
+        args["image_size"] = [256, 256]
+        said.append("images of 256 px (--image-size)")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{path}: public {kind}; {'; '.join(said)}", file=sys.stderr)
+    loadable = {"ema": module.released_weights(weights)}
+    loadable["model"] = module.released_weights(model) if model else loadable["ema"]
+    return {**checkpoint, "kind": kind, "network": network, **loadable}
 
 
-def plain_args(args):
-    """The flags as a dictionary of plain values, as a checkpoint or a report holds them."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+def find_weights(state, names):
+    """The first state dict under one of `names`, without the prefixes of DDP and compile."""
+    for name in names:
+        weights = state.get(name)
+        if isinstance(weights, dict) and isinstance(weights.get("gen_model"), dict):
+            weights = weights["gen_model"]
+        if not isinstance(weights, dict) or not weights:
+            continue
+        plain = {}
+        for key, value in weights.items():
+            while key.startswith(("module.", "_orig_mod.")):
+                key = key.split(".", 1)[1]
+            plain[key] = value
+        if all(isinstance(value, torch.Tensor) for value in plain.values()):
+            return plain
+    return {}
 
 
-@torch.no_grad()
-def update_ema(ema, model, decay, step):
-    """ema = decay * ema + (1 - decay) * model, with a smaller decay in the first steps, when there is little to average."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for average, buffer in zip(ema.buffers(), model.buffers()):
-        average.copy_(buffer)
+def load_weights(module, checkpoint, name, what="the checkpoint"):
+    """module.load_state_dict(checkpoint[name]) with one line for what does not fit."""
+    weights = checkpoint.get(name)
+    with building(f"{what} of a {checkpoint.get('kind')}"):
+        wanted = module.state_dict()
+        wrong = [str(key) for key in wanted.keys() ^ weights.keys()]
+        wrong += [key for key in wanted.keys() & weights.keys()
+                  if getattr(weights[key], "shape", None) != wanted[key].shape]
+        if wrong:
+            names = ", ".join(sorted(wrong)[:4])
+            raise UsageError(f"the weights {name!r} of a {checkpoint.get('kind')} do not fit this "
+                             f"model: {len(wrong)} are missing, unexpected or of another shape "
+                             f"({names})")
+        broken = [key for key, value in weights.items() if not value.isfinite().all()]
+        if broken:
+            raise UsageError(f"the weights {name!r} are not finite ({', '.join(broken[:3])}): "
+                             "take an earlier checkpoint")
+        module.load_state_dict(weights)
+
+
+def training_state(training, processes):
+    """The states of all networks and optimizers, whole and, with --fsdp, on rank 0 only."""
+    state = {name: module_state(module) for name, module in training.modules.items()}
+    for name, (module, optimizer) in training.optimizers.items():
+        state[name] = optimizer_state(module, optimizer)
+    return state
+
+
+def module_state(module, on_all=False):
+    """module.state_dict() of whole tensors, on rank 0 or on all processes."""
+    if not is_sharded(module):
+        return module.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    options = StateDictOptions(full_state_dict=True, cpu_offload=not on_all)
+    return get_model_state_dict(module, options=options)
+
+
+def optimizer_state(module, optimizer):
+    """optimizer.state_dict() of whole tensors: parameters have numbers there, names in FSDP."""
+    if not is_sharded(module):
+        return optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_optimizer_state_dict(module, optimizer, options=options)
+    if not state:
+        return state
+    names = [name for name, _ in module.named_parameters()]
+    group = {**state["param_groups"][0], "params": list(range(len(names)))}
+    return {"state": {i: state["state"][name] for i, name in enumerate(names)},
+            "param_groups": [group]}
+
+
+def load_training(training, scaler, saved, processes):
+    """The reverse of `training_state`, and the scaler's state."""
+    with building("the checkpoint does not fit this run"):
+        for name, module in training.modules.items():
+            if is_sharded(module):
+                from torch.distributed.checkpoint.state_dict import (StateDictOptions,
+                                                                     set_model_state_dict)
+                set_model_state_dict(module, saved[name],
+                                     options=StateDictOptions(full_state_dict=True))
+            else:
+                load_weights(module, saved, name)
+        for name, (module, optimizer) in training.optimizers.items():
+            load_optimizer(module, optimizer, saved[name])
+        scaler.load_state_dict(saved["scaler"])
+
+
+def load_optimizer(module, optimizer, state):
+    """Give an optimizer its saved state, which must fit its parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, moments in state["state"].items():
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                if value.shape != parameters[number].shape or not value.isfinite().all():
+                    raise UsageError(f"the optimizer's {name} does not fit parameter {number}")
+    if not is_sharded(module):
+        own = optimizer.state_dict()["param_groups"]
+        if [group.keys() for group in own] != [group.keys() for group in state["param_groups"]]:
+            raise UsageError("the checkpoint was saved by another optimizer")
+        optimizer.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    names = [name for name, _ in module.named_parameters()]
+    by_name = {"state": {names[i]: value for i, value in state["state"].items()},
+               "param_groups": [{**state["param_groups"][0], "params": names}]}
+    set_optimizer_state_dict(module, optimizer, by_name,
+                             options=StateDictOptions(full_state_dict=True))
 
 
 class Log:
-    """Means of named scalars since the last row, kept on the device (no synchronisation), and rows in a CSV file.
+    """Means of named scalars since the last row, summed on the device, and rows in OUT/log.csv.
 
-    A run that goes on keeps the rows up to its step. path None: a process that only measures. `waited` adds up the seconds
-    that went by in waiting for images; the column `waiting` is their share: above 0.1 or so, raise --num-workers.
+    A run that continues keeps the rows up to its step. A file that cannot be read as such a log is
+    put aside, not deleted. The column `waiting` is the share of the time spent waiting for
+    images: above 0.1 or so, raise --num-workers.
     """
 
-    columns = ["step", "loss", "l1", "lpips", "bottleneck", "g_loss", "d_weight", "d_loss", "mse", "cosine", "alignment",
-               "accuracy", "grad_norm", "lr", "images_per_s", "waiting", "val_accuracy", "val_l1", "val_psnr", "val_use",
-               "val_entropy_bits", "val_bits_per_token", "val_loss"]
+    def __init__(self, path, start, saved, rank):
+        self.path, self.rank, self.rows, self.columns = path, rank, [], []
+        self.sums = {name: (torch.tensor(total), count)
+                     for name, (total, count) in (saved["log"] if saved else {}).items()}
+        self.restart_clock(start)
+        if rank == 0 and path.exists():
+            self.rows = self.read(start)
+            self.write_all()
 
-    def __init__(self, path, start, sums):
-        self.path, self.sums = path, {name: (torch.tensor(total), count) for name, (total, count) in sums.items()}
-        self.waited = 0.0
-        rows = list(csv.DictReader(path.open())) if path and path.exists() else []
-        if rows:
-            path.unlink()
-        for row in rows:
-            if int(row["step"]) <= start:
-                self.write(row)
+    def read(self, start):
+        """The rows of an existing file up to step `start`."""
+        rows = []
+        try:
+            if not self.path.is_file():
+                raise ValueError("not a regular file")
+            for row in csv.DictReader(self.path.open(newline="", encoding="utf-8")):
+                values = {name: float(value) for name, value in row.items() if value != ""}
+                if None in row or not float(values["step"]).is_integer():
+                    raise ValueError(f"row {row}")
+                if values["step"] <= start:
+                    rows.append(row)
+        except (ValueError, KeyError, TypeError, OSError, csv.Error) as error:
+            aside = self.path.with_name(f"log-{uuid.uuid4().hex[:8]}.csv")
+            os.replace(self.path, aside)
+            tqdm.write(f"{self.path} was edited ({error}): kept as {aside.name}, a new one begins")
+            return []
+        return rows
+
+    def write_all(self):
+        """Write every row into a new file and put that in place of the old one."""
+        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(".log.csv")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(temporary, self.path)
+
+    def write(self, row):
+        """Append a row, a dictionary with any columns."""
+        if self.rank > 0:
+            return
+        self.rows.append(row)
+        if not self.path.is_file() or set(row) - set(self.columns):
+            self.write_all()
+            return
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(row)
 
     def add(self, values):
+        """Count {name: scalar tensor} into the means."""
         for name, value in values.items():
+            if hasattr(value, "full_tensor"):  # a norm of divided parameters
+                value = value.full_tensor()
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value.detach(), count + 1)
 
-    def means(self):
-        """{name: mean since the last call}, floats."""
-        means = {name: float(total) / count for name, (total, count) in self.sums.items()}
-        self.sums = {}
-        return means
-
     def state(self):
+        """The running sums, for the checkpoint."""
         return {name: (float(total), count) for name, (total, count) in self.sums.items()}
 
-    def check(self, step):
-        """Raise UsageError if a loss or a gradient since the last row was not finite: its traces are in the weights."""
+    def check(self, step, model):
+        """Raise UsageError if a loss, a gradient or a weight is not finite."""
         bad = [name for name, (total, _) in self.state().items() if not math.isfinite(total)]
+        norms = torch._foreach_norm(list(model.parameters()))
+        norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+        if not torch.stack(norms).isfinite().all():
+            bad.append("the weights")
         if bad:
-            raise UsageError(f"{', '.join(bad)} became non-finite by step {step}: nothing was saved since the last good "
-                             "checkpoint; lower --lr or raise --warmup, and --resume")
+            raise UsageError(f"{', '.join(bad)} became non-finite by step {step}, and nothing was "
+                             "saved since the last good checkpoint: continue that with --resume "
+                             "and a lower --lr")
 
-    def write(self, row):
-        if self.path is None:
-            return
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    def means(self, step, batch_size):
+        """{name: mean since the last call}, and how fast it went."""
+        seconds = time.perf_counter() - self.begin
+        row = {name: total / count for name, (total, count) in self.state().items()}
+        row["images_per_s"] = round((step - self.begin_step) * batch_size / seconds, 1)
+        row["waiting"] = round(self.waited / seconds, 3)
+        self.sums = {}
+        self.restart_clock(step)
+        return row
+
+    def restart_clock(self, step):
+        self.begin, self.begin_step, self.waited = time.perf_counter(), step, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
 
 
-# ------------------------------------------------------------------------------------------------ the loop of all three models
+# ---- The command line ---------------------------------------------------------------------------
+
+# What belongs to the tokenizer and follows from its checkpoint.
+TOKENIZER_FLAGS = ("quantizer", "levels", "alpha", "edges", "downsample", "hidden", "multipliers",
+                   "num_res_blocks", "num_groups")
+# What a run that continues may change. The second row changes what it computes, and is said.
+FREE = ("out", "resume", "data", "num_workers", "save_every", "eval_every", "log_every", "compile",
+        "device", "cache_dir", "tokenizer", "pretrained", "grad_checkpoint", "fsdp",
+        "skip_bad_images", "tokenizer_steps", "init_from", "help")
+TUNABLE = ("steps", "lr", "warmup", "cooldown", "grad_clip", "weight_decay", "disc_weight",
+           "repa_weight", "ema_decay")
 
 
-def fit(args, processes, saved, parts, batches, turn, losses, validate, header):
-    """Train until args.steps; leaves OUT/ckpt.pt and OUT/log.csv. Returns the checkpoint's path.
+def number(kind, least, most, name):
+    """An argparse type: a number of `kind` from least to most, called `name` in complaints."""
+    def convert(text):
+        value = kind(text)
+        if not least <= value <= most:  # nan is neither
+            raise ValueError
+        return value
+    convert.__name__ = f"{name} from {least:g} to {most:g}"
+    return convert
 
-    saved     the checkpoint to continue from, or None
-    parts     {name: what has a state dict}, "model" and "ema" among them: what a checkpoint holds
-    batches   iterator of micro-batches, from the saved step on
-    turn      step -> (network, optimizer) that this step trains
-    losses    (batch, step) -> (scalar to minimise, {name: scalar to log})
-    validate  () -> (columns of the log, entries of the checkpoint); draws the pictures
-    header    the constant entries of the checkpoint
+
+COUNT = number(int, 1, 10**9, "integer")
+WHOLE = number(int, 0, 2**31 - 1, "integer")
+WEIGHT = number(float, 0, 1e6, "number")
+RATE = number(float, 1e-12, 1e6, "number")
+SHARE = number(float, 0, 1 - 1e-9, "share")
+
+
+def slope(text):
+    """--alpha: a number or "erf"."""
+    return text if text == "erf" else number(float, 1e-3, 1e3, "number")(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are UsageErrors: one line, without the list of flags."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, add_help=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.add_argument("-h", "--help", action="store_true", help="show this text")
+
+    def error(self, message):
+        raise UsageError(f"{message[:300]} (--help explains all flags)")
+
+    def add_group(self, title):
+        """A group's function that adds a flag; its default, here or in a preset, ends the help."""
+        group = self.add_argument_group(title)
+
+        def add(name, help, **kwargs):
+            plain = kwargs.get("action") == "store_true"
+            group.add_argument(name, help=help if plain else f"{help} (default: %(default)s)",
+                               **kwargs)
+        return add
+
+
+def make_parser():
+    """Every flag of train.py; those without a default here have one in the presets."""
+    parser = Parser(description=__doc__)
+    add = parser.add_group("what to train")
+    add("--model", "what to train", choices=list(SIZES), default="llamagen")
+    add("--size", "; ".join(f"{model}: {' '.join(sizes)}" for model, sizes in SIZES.items())
+        + ". nano for built-in data and without a GPU, else L (tokenizer: paper)")
+
+    add = parser.add_group("data")
+    add("--data", "built-in drawings, CIFAR-10 (downloaded), or a folder: of class folders, of "
+        "train/ and val/ with such, or of images", default="shapes",
+        metavar="{shapes,cifar10,DIR}")
+    add("--image-size", "side of the square crop, or height and width, pixels",
+        type=number(int, 1, 2**14, "integer"), nargs="+", metavar="PX")
+    add("--unconditional", "train without labels: all images are one class", action="store_true")
+    add("--num-workers", "processes that decode images; unset, 8 a GPU and 0 on a CPU",
+        type=number(int, 0, 512, "integer"), metavar="N")
+    add("--skip-bad-images", "read every image once at the start, and leave out the unreadable",
+        action="store_true")
+
+    add = parser.add_group("tokenizer")
+    add("--tokenizer", "trained tokenizer for a generator; unset, OUT/tokenizer/ckpt.pt, which is "
+        "trained first if it is missing", metavar="CKPT")
+    add("--tokenizer-steps", "steps of that first stage; unset, those of --model tokenizer",
+        type=COUNT, metavar="N")
+    add("--quantizer", "bottleneck", choices=QUANTIZERS, default="ifsq")
+    add("--levels", "code values of each latent channel; their number is the number of channels "
+        "of every bottleneck", type=number(int, 2, 2**31 - 1, "integer"), nargs="+", metavar="L")
+    add("--alpha", "slope of the quantizer's sigmoid, or erf for the Gaussian CDF; unset, 1.6 for "
+        "ifsq and 2.0 for fsq", type=slope, metavar="{A,erf}")
+    add("--edges", "the outer bins are half as wide as the others, as in the paper, or as wide",
+        choices=["half", "full"], default="half")
+    add("--downsample", "image side over latent side, a power of 2", type=COUNT, metavar="F")
+    add("--hidden", "width at the full resolution", type=COUNT, metavar="C")
+    add("--multipliers", "widths over --hidden, from the full resolution down", type=COUNT,
+        nargs="+", metavar="M")
+    add("--num-res-blocks", "residual blocks a resolution", type=COUNT, metavar="N")
+    add("--num-groups", "groups of every GroupNorm", type=COUNT, metavar="N")
+    add("--perceptual-weight", "weight of LPIPS in the loss", type=WEIGHT, metavar="W")
+    add("--disc-start", "first step with the adversarial loss, -1 for never",
+        type=number(int, -1, 10**9, "integer"), metavar="STEP")
+    add("--disc-weight", "weight of the adversarial loss, before its adaptive weight",
+        type=WEIGHT, default=0.5, metavar="W")
+
+    add = parser.add_group("generator")
+    add("--token-groups", "digits that LlamaGen cuts a token into; 0: the fewest that keep each "
+        "digit's vocabulary within 4096", type=WHOLE, metavar="G")
+    add("--patch-size", "side of DiT's patches, latent positions", type=COUNT, default=1,
+        metavar="P")
+    add("--dropout", "dropout of LlamaGen", type=SHARE, metavar="P")
+    add("--class-dropout", "share of labels hidden in training, for guidance", type=SHARE,
+        default=0.1, metavar="P")
+    add("--crops", "crops of each image in the token cache: the centre and N - 1 random ones, "
+        "each with its mirror image", type=number(int, 1, 10_000, "integer"), default=1,
+        metavar="N")
+    add("--cache-dir", "folder of the token caches", type=Path, default=Path("out/cache"),
+        metavar="DIR")
+    add("--grad-checkpoint", "recompute each layer in the backward pass: less memory, a third "
+        "more time", action="store_true")
+    add("--fsdp", "divide weights, gradients and optimizer of the generator among the processes",
+        action="store_true")
+
+    add = parser.add_group("alignment of a generator with a vision encoder (REPA)")
+    add("--repa-layer", "align the hidden state after layer K (the first is 1; a third of the "
+        "depth is a good choice) with a teacher's view of the image", type=WHOLE, metavar="K")
+    add("--repa-weight", "weight of the alignment loss", type=WEIGHT, metavar="W")
+    add("--repa-width", "width of the projector", type=COUNT, metavar="C")
+    add("--repa-teacher", "classifier: a small network that first learns the labels, in "
+        "OUT/teacher; dinov2_vits14, vitb14, vitl14 or vitg14, also with _reg, downloaded; or a "
+        f"file of either. auto: DINOv2-B from {DINO_PX} px on, else the classifier",
+        default="auto", metavar="{auto,classifier,dinov2_vitb14,...,PATH}")
+
+    add = parser.add_group("training")
+    add("--optimizer", "Muon takes an orthogonal step for every matrix, see class Muon",
+        choices=["adamw", "muon"])
+    add("--steps", "optimizer steps in all", type=COUNT)
+    add("--batch-size", "images a step, over all processes", type=COUNT, metavar="B")
+    add("--grad-accum", "micro-batches in which each process works through its share", type=COUNT,
+        default=1, metavar="N")
+    add("--lr", "learning rate between warm-up and cool-down", type=RATE)
+    add("--weight-decay", "decoupled weight decay", type=WEIGHT, metavar="W")
+    add("--warmup", "steps over which the learning rate rises from 0", type=WHOLE, metavar="STEPS")
+    add("--cooldown", "last share of the steps, over which the learning rate falls to 0",
+        type=SHARE, metavar="SHARE")
+    add("--grad-clip", "largest gradient norm, 0 for no limit", type=WEIGHT, metavar="NORM")
+    add("--ema-decay", "decay of the averaged weights, which are the ones evaluated", type=SHARE,
+        metavar="D")
+    add("--dtype", "arithmetic of the networks; auto: bf16 where the hardware has it",
+        choices=["auto", "bf16", "fp16", "fp32"], default="auto")
+    add("--compile", "torch.compile the network", action="store_true")
+    add("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--seed", "of everything that is random", type=WHOLE, default=0)
+
+    add = parser.add_group("files")
+    add("--out", "folder of checkpoint, log and pictures; unset, out/MODEL-DATA, and -repaK for "
+        "an aligned generator", type=Path, metavar="DIR")
+    add("--resume", "continue from CKPT, or without one from OUT/ckpt.pt, with the flags stored "
+        "in it", nargs="?", const=True, metavar="CKPT")
+    add("--init-from", "start a new run from the averaged weights of CKPT", metavar="CKPT")
+    add("--pretrained", "folder of pretrained weights: where they are looked for, and downloaded "
+        "to", type=Path, default=CACHE, metavar="DIR")
+    add("--save-every", "steps from checkpoint to checkpoint", type=COUNT, default=1000,
+        metavar="STEPS")
+    add("--eval-every", "steps from validation to validation", type=COUNT, default=500,
+        metavar="STEPS")
+    add("--log-every", "steps from row to row in log.csv", type=COUNT, default=50,
+        metavar="STEPS")
+    return parser
+
+
+def parse_args(argv=None):
+    """The command line as a Namespace.
+
+    A flag has the value given, else that of the checkpoint that --resume or --tokenizer names,
+    else that of the preset of its size, else its default. The first two are one mechanism: stored
+    flags are parsed in front of the given ones.
     """
-    rank, world, device, dtype = processes
-    path, start = args.out / "ckpt.pt", saved["step"] if saved else 0
-    parts = {**parts, "scaler": torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)}
-    scaler = parts["scaler"]
-    if saved:
-        for name, part in parts.items():
-            load_state(part, saved[name])
-    if start >= args.steps:
-        raise UsageError(f"the run in {args.out} has finished its {start} steps: nothing is left to resume")
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = Log(args.out / "log.csv" if rank == 0 else None, start, saved["log"] if saved else {})
-    bar = tqdm(total=args.steps, initial=start, disable=None if rank == 0 else True, unit="step", smoothing=0.05,
-               desc=args.model)
-    clock, clock_step = time.perf_counter(), start
-    extra = {name: saved[name] for name in ("latents", "accuracy") if name in saved} if saved else {}
-
-    with Interrupts() as interrupts:
-        for step in range(start, args.steps):
-            torch.manual_seed(seed_of(args.seed, step, rank))
-            take_step(args, processes, *turn(step), scaler, batches, losses, step, log)
-            update_ema(parts["ema"], parts["model"], args.ema_decay, step)
-
-            done, row = step + 1, {}
-            bar.update()
-            stop = processes.largest(interrupts.signal)
-            if done % args.log_every == 0:
-                log.check(done)
-                seconds = time.perf_counter() - clock
-                rate = (done - clock_step) * args.batch_size / seconds
-                row.update(log.means(), lr=parts["optimizer"].param_groups[0]["lr"], images_per_s=round(rate, 1),
-                           waiting=round(log.waited / seconds, 3))
-                clock, clock_step, log.waited = time.perf_counter(), done, 0.0
-                bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", img_s=f"{rate:.0f}")
-            saving = done % args.save_every == 0 or done == args.steps
-            if done % args.eval_every == 0 or saving:
-                columns, extra = validate()
-                row.update(columns)
-                if rank == 0:
-                    bar.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
-                clock, clock_step, log.waited = time.perf_counter(), done, 0.0
-            if row:
-                log.write({"step": done, **row})
-            if saving or stop:
-                log.check(done)
-                states = {name: gather(part.state_dict(), rank == 0) for name, part in parts.items()}
-                if rank == 0:
-                    save_checkpoint(path, {"format": 1, "args": plain_args(args), "step": done, "log": log.state(), **header,
-                                           **extra, **states})
-            if stop and done < args.steps:
-                bar.close()
-                processes.barrier()
-                if rank == 0:
-                    print(f"{signal.Signals(stop).name}: saved {path} at step {done}; --resume goes on from there (a first "
-                          "stage goes on by itself)", file=sys.stderr)
-                sys.exit(128 + stop)
-    bar.close()
-    processes.barrier()  # the others may read it next
-    return path
-
-
-def take_step(args, processes, net, optimizer, scaler, batches, losses, step, log):
-    """One optimiser step of `net`, from args.grad_accum micro-batches; the losses' parts go to the log."""
-    for group in optimizer.param_groups:
-        falling = (args.steps - step) / max(1, args.steps * args.cooldown)
-        group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup), falling)
-    net.train()
-    for part in range(args.grad_accum):
-        last = part == args.grad_accum - 1                                              # only then the processes exchange
-        if hasattr(net, "set_requires_gradient_sync"):
-            net.set_requires_gradient_sync(last)
-        with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
-            begin = time.perf_counter()
-            batch = next(batches)
-            log.waited += time.perf_counter() - begin
-            with processes.autocast():
-                loss, values = losses(batch, step)
-            scaler.scale(loss / args.grad_accum).backward()
-        log.add(values)
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
-    if not scaler.is_enabled():  # fp16 meets infinite gradients by design, and skips such steps
-        log.add({"grad_norm": norm.full_tensor() if hasattr(norm, "full_tensor") else norm})
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def saved_state(args):
-    """The checkpoint that --resume asks for, or None for a new run, which must not overwrite an old one."""
-    path = args.out / "ckpt.pt"
-    if not args.resume:
-        if path.exists():
-            raise UsageError(f"{path} exists: continue it with --resume, or choose another --out")
-        return None
-    return load_checkpoint(path if args.resume == "OUT" else args.resume)
-
-
-def load_batches(args, processes, dataset, saved):
-    """Endless iterator of this process's micro-batches of `dataset`, from the saved step on."""
-    batches = Batches(len(dataset), args.batch_size, saved["step"] if saved else 0, args.seed, processes.rank,
-                      processes.world, args.grad_accum)
-    cuda = processes.device.type == "cuda"
-    workers = args.num_workers if args.num_workers is not None else 8 if cuda else 0
-    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=cuda,
-                           worker_init_fn=ignore_interrupts))
-
-
-def ignore_interrupts(worker):
-    """Ctrl-C reaches all processes of a terminal; those that load images live on until the training has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def describe(processes, model, text):
-    if processes.rank == 0:
-        print(f"{text}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; "
-              f"{processes.world} x {processes.device}, {str(processes.dtype)[6:]}", flush=True)
-
-
-def load_weights(model, weights, path):
-    """model.load_state_dict(weights), or a UsageError that lists what is missing, unexpected or of another shape."""
-    wanted = model.state_dict()
-    wrong = {"missing": wanted.keys() - weights.keys(), "unexpected": weights.keys() - wanted.keys(),
-             "of another shape": {name for name in wanted.keys() & weights.keys()
-                                  if getattr(weights[name], "shape", None) != wanted[name].shape}}
-    if any(wrong.values()):
-        raise UsageError(f"the weights of {path} do not fit this model: " + "; ".join(
-            f"{len(names)} {what}: {', '.join(sorted(names)[:4])}{', ...' * (len(names) > 4)}"
-            for what, names in wrong.items() if names))
-    broken = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise UsageError(f"the weights of {path} are not finite ({', '.join(broken[:3])}): take an earlier checkpoint")
-    model.load_state_dict(weights)
-
-
-# ------------------------------------------------------------------------------------------------ stage one: the tokenizer
-
-
-def build_tokenizer(args):
-    """The Tokenizer that a dictionary of flags describes: vars(args), or the "args" of a checkpoint."""
-    depth = int(math.log2(args["downsample"])) + 1
-    try:
-        return Tokenizer(args["quantizer"], args["levels"], args["alpha"], args["edges"], args["hidden"],
-                         args["multipliers"][:depth], args["num_res_blocks"], num_groups=args["num_groups"],
-                         codebook_size=args["codebook_size"])
-    except ValueError as error:
-        raise UsageError(f"{error}")
-
-
-def spread(dataset, limit):
-    """At most about `limit` indices spread evenly over a data set, so that all of its classes are there."""
-    return torch.arange(0, len(dataset), max(1, len(dataset) // limit))[:limit]
-
-
-@torch.no_grad()
-def validate_tokenizer(model, images, processes, batch_size=64, limit=1000):
-    """One pass over (at most about `limit` of) the validation images, shared among the processes.
-
-    Returns a dict: val_l1, val_psnr (dB, mean over images, after rounding to uint8), use and entropy_bits of the codes, and
-    the latents' per-channel mean and standard deviation, which DiT normalises by.
-    """
-    model.eval()
-    totals = torch.zeros(3, dtype=torch.float64)                                        # images, sum of L1, sum of PSNR
-    moments = torch.zeros(3, len(model.post_quant_conv.weight[0]), dtype=torch.float64)  # per channel: n, sum, sum of squares
-    usage = CodeUsage(model.levels) if model.discrete else None
-    for part in spread(images, limit)[processes.rank :: processes.world].split(batch_size):
-        x = torch.stack([images[i][0] for i in part.tolist()])                          # (B,3,H,W) uint8
-        with processes.autocast():
-            z, indices = model.encode(to_float(x, processes.device))
-            y = to_uint8(model.decode(z)).cpu()
-        pixels, rebuilt = x.float() / 255, y.float() / 255
-        l1 = 2 * (pixels - rebuilt).abs().mean((1, 2, 3))                               # on the scale of [-1, 1]
-        totals += torch.stack([torch.ones(len(x)), l1, psnr(pixels, rebuilt)], 1).double().sum(0)
-        flat = z.movedim(1, -1).flatten(0, -2).cpu().double()                           # (B*h*w, d)
-        moments += torch.stack([torch.full_like(flat[0], len(flat)), flat.sum(0), flat.square().sum(0)])
-        if usage:
-            usage.update(indices)
-    (count, l1, decibels), (n, total, square) = processes.sum(totals), processes.sum(moments)
-    if usage and processes.world > 1:
-        usage.all_reduce()
-    report = usage.report() if usage else {"use": math.nan, "entropy_bits": math.nan}
-    return {"val_l1": (l1 / count).item(), "val_psnr": (decibels / count).item(),
-            "val_use": report["use"], "val_entropy_bits": report["entropy_bits"],
-            "latent_mean": (total / n).tolist(), "latent_std": (square / n - (total / n) ** 2).clamp(min=0).sqrt().tolist()}
-
-
-@torch.no_grad()
-def draw_reconstructions(path, model, images, processes, columns=8):
-    """PNG: rows of validation images, each above its reconstructions."""
-    from torchvision.utils import save_image
-    x = torch.stack([images[i][0] for i in spread(images, 2 * columns).tolist()])
-    with processes.autocast():
-        y = to_uint8(model(to_float(x, processes.device))[0]).cpu()
-    rows = [torch.cat(pair) for pair in zip(x.split(columns), y.split(columns))]
-    save_image(torch.cat(rows).float() / 255, path, nrow=columns, padding=2)
-
-
-def tokenizer_losses(args, net, model, critic, lpips, x, step):
-    """One micro-batch's loss and its named parts. With the GAN on, even steps train the generator, odd ones the critic."""
-    gan = 0 <= args.disc_start <= step
-    if gan and step % 2:
-        with torch.no_grad():
-            reconstruction = model(x)[0]
-        loss = discriminator_loss(critic(x), critic(reconstruction))
-        return loss, {"d_loss": loss}
-    reconstruction, _, extra = net(x)
-    loss, parts = reconstruction_loss(x, reconstruction, lpips, args.perceptual_weight)
-    parts["bottleneck"] = extra
-    total = loss + (args.vae_weight if args.quantizer == "vae" else 1.0) * extra
-    if gan:
-        plain = getattr(critic, "module", critic)  # its DDP wrapper would wait for gradients that this step does not make
-        adversarial, parts["g_loss"], parts["d_weight"] = adversarial_loss(
-            reconstruction, loss, plain, model.decoder.conv_out.weight, args.disc_weight)
-        total = total + adversarial
-    return total, {"loss": total, **parts}
-
-
-def train_tokenizer(args):
-    """Train a tokenizer as the flags say; leaves checkpoint, log and pictures in args.out. Returns the checkpoint's path."""
-    saved = saved_state(args)
-    if saved:
-        check_resume(args, saved)
-    processes = start_processes(args)
-    train_images, val_images = (open_images(args.data, split, args.image_size, args.seed, args.skip_bad_images)
-                                for split in ("train", "val"))
-    batches = load_batches(args, processes, train_images, saved)
-
-    # `model` is the plain module, `net` what is called in training: compiled, its gradients averaged over processes
-    device = processes.device
-    torch.manual_seed(seed_of(args.seed, -1))
-    model = build_tokenizer(vars(args)).to(device, memory_format=torch.channels_last)
-    if args.init_from:
-        load_weights(model, weights_in(read_file(args.init_from)), args.init_from)
-    adamw = partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-    parts = {"model": model, "ema": copy.deepcopy(model).requires_grad_(False), "optimizer": adamw(model.parameters())}
-    net, critic = processes.wrap(torch.compile(model) if args.compile else model), None
-    if args.disc_start >= 0:
-        critic = PatchDiscriminator(n_layers=args.disc_layers).to(device)
-        parts.update(critic=critic, critic_optimizer=adamw(critic.parameters()))
-        critic = processes.wrap(critic, broadcast_buffers=False)
-    lpips = load_lpips("vgg", args.pretrained).to(device) if args.perceptual_weight else None
-    describe(processes, model, f"tokenizer {args.size}: {args.quantizer} {' '.join(map(str, args.levels))} "
-             f"at {args.downsample}x down; {args.data}: {len(train_images)} train and {len(val_images)} val images "
-             f"of {args.image_size[0]} x {args.image_size[1]}")
-
-    def turn(step):
-        critics = 0 <= args.disc_start <= step and step % 2
-        return (critic, parts["critic_optimizer"]) if critics else (net, parts["optimizer"])
-
-    def losses(batch, step):
-        return tokenizer_losses(args, net, model, critic, lpips, to_float(batch[0], device), step)
-
-    def validate():
-        found = validate_tokenizer(parts["ema"], val_images, processes)
-        latents = {"mean": found.pop("latent_mean"), "std": found.pop("latent_std")}
-        if processes.rank == 0:
-            draw_reconstructions(args.out / "reconstructions.png", parts["ema"], val_images, processes)
-        return found, {"latents": latents}
-
-    return fit(args, processes, saved, parts, batches, turn, losses, validate,
-               {"kind": "tokenizer", "classes": train_images.classes})
-
-
-def first_stage(args):
-    """The path of the finished tokenizer OUT/tokenizer/ckpt.pt of a generator, trained now as far as it is missing."""
-    stage = copy.copy(args)
-    preset = "nano" if args.size == "nano" else "paper"
-    vars(stage).update(dict.fromkeys(GENERATOR_FLAGS), **SCHEDULES["tokenizer", preset], model="tokenizer", size=preset,
-                       out=args.out / "tokenizer", init_from=None, resume=None, grad_accum=1)
-    stage.steps = args.tokenizer_steps or stage.steps
-    return finish_stage(stage, train_tokenizer)
-
-
-def finish_stage(stage, train):
-    """The path of STAGE.OUT/ckpt.pt, a run with the flags `stage`, which train(stage) begins or continues if it must."""
-    path = stage.out / "ckpt.pt"
-    if path.exists():
-        stage.resume = "OUT"
-        saved = load_checkpoint(path)
-        check_resume(stage, saved)
-        if saved["step"] >= stage.steps:
-            return path
-    if start_processes(stage).rank == 0:
-        print(f"first {'continuing' if path.exists() else 'training'} the {stage.model} in {stage.out}", flush=True)
-    return train(stage)
-
-
-# ------------------------------------------------------------------------------------------------ the token cache
-
-
-class Tokens(Dataset):
-    """A data set as its tokenizer sees it, on disk: (codes, class), one integer per latent position.
-
-    The integers serve both generators: LlamaGen predicts them, and DiT looks their codes up (`latents_of`), which for iFSQ
-    is arithmetic. Continuous tokenizers store fp16 latents (d,h,w) instead. [index] is the centre view, [index, epoch] one
-    of the views at random. With `beside`, something that maps (index, view) to what a REPA teacher sees of that same crop,
-    it is (codes, class, that).
-    """
-
-    def __init__(self, folder, seed=0, beside=None):
-        self.codes, self.labels = np.load(folder / "codes.npy", mmap_mode="r"), np.load(folder / "labels.npy")
-        self.seed, self.views, self.beside = seed, self.codes.shape[1], beside
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, key):
-        index, epoch = key if isinstance(key, tuple) else (key, None)
-        view = 0 if epoch is None else seed_of(self.seed, epoch, index) % self.views
-        codes = torch.from_numpy(np.asarray(self.codes[index, view],
-                                            dtype=np.int64 if self.codes.dtype.kind in "iu" else np.float32))
-        item = codes, int(self.labels[index])
-        return item if self.beside is None else (*item, self.beside(index, view))
-
-
-class Features:
-    """(index, view) -> a teacher's features (T,D) fp16 of it, on disk: the `beside` of Tokens for --cache-teacher."""
-
-    def __init__(self, folder):
-        self.features = np.load(folder / "codes.npy", mmap_mode="r")
-
-    def __call__(self, index, view):
-        return torch.from_numpy(np.array(self.features[index, view]))
-
-
-def smallest_integer(size):
-    """The smallest unsigned type for indices in [0, size); int64 beyond 32 bits."""
-    return np.uint16 if size <= 2**16 else np.uint32 if size <= 2**32 else np.int64
-
-
-def cache_key(weights, images, data, split, views, *more):
-    """What cached integers or features depend on: the network's weights, the list of images, the crops."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
-    files = [(str(p), p.stat().st_size) for p in images.source.paths] if isinstance(images.source, Folder) else data
-    digest.update(repr((files, split, len(images), images.image_size, views, images.seed if views > 2 else None,
-                        *more)).encode())
-    return digest.hexdigest()[:16]
-
-
-def cache_tokens(args, processes, checkpoint, tokenizer, images, split, views):
-    """Encode a data set once, or find that this was done: returns its Tokens. decoded.png beside them shows what they hold."""
-    h, w = (side // tokenizer.downsample for side in args.image_size)
-    shape, dtype = (((h * w,), smallest_integer(math.prod(tokenizer.levels))) if tokenizer.discrete
-                    else ((len(tokenizer.levels), h, w), np.float16))
-
-    def encode(x):
-        z, indices = tokenizer.encode(x)                                                # in fp32, so that it can be repeated
-        return z if indices is None else indices
-
-    folder = args.cache_dir / f"{split}-{cache_key(checkpoint['ema'], images, args.data, split, views)}"
-    fill_cache(folder, (len(images), views, *shape), dtype, encode, images, processes,
-               lambda path, codes: draw_cache(path, tokenizer, codes, (h, w), processes))
-    return Tokens(folder, args.seed)
-
-
-def cache_features(args, processes, teacher, images, grid, views):
-    """The teacher's features of every view of a data set, as Features; computed once."""
-    folder = args.cache_dir / f"teacher-{cache_key(teacher.state_dict(), images, args.data, 'train', views, grid)}"
-    shape = len(images), views, math.prod(grid), teacher.dim
-    fill_cache(folder, shape, np.float16, lambda x: teacher.features(x, grid), images, processes)
-    return Features(folder)
-
-
-@torch.no_grad()
-def fill_cache(folder, shape, dtype, encode, images, processes, draw=lambda path, codes: None, batch_size=128):
-    """FOLDER/codes.npy, of this shape (images, views, ...) and dtype, and labels.npy, unless they are there.
-
-    encode: (B,3,H,W) fp32 -> B codes. The processes share the work. Everything is written into a folder of another name,
-    which gets its own only when it is complete.
-    """
-    unfinished, views = folder.with_name(folder.name + ".tmp"), shape[1]
-    if not processes.sum(torch.tensor(float(not folder.is_dir()))):  # the same answer for all: they wait for each other below
-        return
-    if processes.rank == 0:
-        create_array(unfinished / "codes.npy", shape, dtype)
-    processes.barrier()
-    codes, labels = np.load(unfinished / "codes.npy", mmap_mode="r+"), np.zeros(len(images), dtype=np.int64)
-    mine = torch.arange(processes.rank, len(images), processes.world)
-    bar = tqdm(total=len(mine), desc=f"encoding {folder.name.split('-')[0]}", unit="image",
-               disable=None if processes.rank == 0 else True)
-    for part in mine.split(max(1, batch_size // views)):
-        seen = [images.view(i, number) for i in part.tolist() for number in range(views)]
-        found = encode(to_float(torch.stack([x for x, _ in seen]), processes.device))   # (B*views, ...)
-        codes[part.numpy()] = found.reshape(len(part), *shape[1:]).cpu().numpy().astype(dtype)
-        labels[part.numpy()] = [label for _, label in seen[::views]]
-        bar.update(len(part))
-    bar.close()
-    codes.flush()
-    labels = processes.sum(torch.from_numpy(labels)).numpy()
-    if processes.rank == 0:
-        np.save(unfinished / "labels.npy", labels)
-        draw(unfinished / "decoded.png", codes)
-        os.replace(unfinished, folder)
-    processes.barrier()
-
-
-def create_array(path, shape, dtype):
-    """An empty .npy file, alone in a new folder, its space reserved: a full disk is met here, not as a crash in writing."""
-    shutil.rmtree(path.parent, ignore_errors=True)
-    try:
-        path.parent.mkdir(parents=True)
-        np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        shutil.rmtree(path.parent, ignore_errors=True)
-        raise UsageError(f"no room for {math.prod(shape) * np.dtype(dtype).itemsize / 1e6:.0f} MB in {path.parent} ({error}): "
-                         "make room, or choose another --cache-dir or --out")
-
-
-def draw_cache(path, tokenizer, codes, grid, processes):
-    """PNG: what the first views of images all over the cache decode to."""
-    from torchvision.utils import save_image
-    some = codes[spread(codes, 32).numpy(), 0]
-    some = torch.from_numpy(some.astype(np.float32 if some.dtype == np.float16 else np.int64)).to(processes.device)
-    z = tokenizer.quantize.codes(some.unflatten(1, grid)) if tokenizer.discrete else some
-    save_image(to_uint8(tokenizer.decode(z)).cpu().float() / 255, path, nrow=8, padding=2)
-
-
-# ------------------------------------------------------------------------------------------------ the teacher of REPA
-
-
-def train_classifier(args):
-    """Train repa.Classifier on the labels of the images, as a teacher; leaves OUT/ckpt.pt, and returns its path."""
-    saved = saved_state(args)
-    processes = start_processes(args)
-    images, val_images = (open_images(args.data, split, args.image_size, args.seed, args.skip_bad_images)
-                          for split in ("train", "val"))
-    if len(images.classes) < 2:
-        raise UsageError(f"a classifier cannot learn from one class ({images.classes[0]}): sort the images into a folder for "
-                         "each class, or take --repa-teacher dinov2_vitb14 or its file")
-    args.batch_size = max(1, min(args.batch_size, len(images)) // processes.world) * processes.world
-    batches = load_batches(args, processes, images, saved)
-    torch.manual_seed(seed_of(args.seed, -1))
-    model = repa.Classifier(len(images.classes)).to(processes.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    parts = {"model": model, "ema": copy.deepcopy(model).requires_grad_(False), "optimizer": optimizer}
-    net = processes.wrap(model)
-    describe(processes, model, f"classifier of {len(images.classes)} classes; {args.data}: {len(images)} train images")
-
-    def losses(batch, step):
-        x, labels = to_float(batch[0], processes.device), batch[1].to(processes.device)
-        slack = min(x.shape[2:]) // 10  # shifts of up to a tenth of the image, the same for the whole batch
-        down, across = torch.randint(2 * slack + 1, (2,)).tolist()
-        x = F.pad(x, (slack,) * 4, mode="reflect")[:, :, down:, across:][:, :, :x.shape[2], :x.shape[3]]
-        logits = net(x)
-        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
-        return loss, {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
-
-    @torch.no_grad()
-    def validate():
-        right = torch.zeros(2, dtype=torch.float64)
-        for part in spread(val_images, 1000)[processes.rank :: processes.world].split(64):
-            x, labels = default_collate([val_images[i] for i in part.tolist()])
-            right += torch.tensor([(parts["ema"](to_float(x, processes.device)).argmax(1).cpu() == labels).sum(), len(x)])
-        right, total = processes.sum(right).tolist()
-        return {"val_accuracy": right / total}, {"accuracy": right / total}
-
-    return fit(args, processes, saved, parts, batches, lambda step: (net, optimizer), losses, validate,
-               {"kind": "classifier", "classes": images.classes})
-
-
-def teacher_stage(args):
-    """The checkpoint of the classifier in OUT/teacher, trained now as far as it is missing."""
-    kept = ("data", "image_size", "num_workers", "skip_bad_images", "device", "dtype", "seed", "grad_clip", "log_every",
-            "save_every", "eval_every")
-    stage = argparse.Namespace(**{name: getattr(args, name) for name in kept}, **CLASSIFIER, model="classifier",
-                               out=args.out / "teacher", resume=None, grad_accum=1)
-    return load_checkpoint(finish_stage(stage, train_classifier))
-
-
-def find_teacher(name):
-    """--repa-teacher NAME, a DINOv2 by name or a file, as `load_teacher` takes it and a checkpoint holds it.
-
-    The file may be DINOv2's weights, a classifier's checkpoint, or that of a generator that was aligned.
-    """
-    if Path(name).is_file():
-        state = read_file(name)
-        if state.get("format") == 1:
-            found = state if state["kind"] == "classifier" else state.get("teacher")
-            if not found:
-                raise UsageError(f"--repa-teacher {name} is the checkpoint of a {state['kind']} without a teacher: name one "
-                                 "of a classifier, or of a generator trained with --repa-layer")
-            return found
-    return {"kind": "dinov2", "source": name}
-
-
-def load_teacher(found, folder, processes):
-    """What `find_teacher` found -> (a frozen network with .dim and .features(images, grid), what it is in words).
-
-    folder: where pretrained weights are looked for, and downloaded to. Raises UsageError if they cannot be had.
-    """
-    if found["kind"] == "classifier":
-        model = repa.Classifier(len(found["classes"]))
-        load_weights(model, found["ema"], "the classifier")
-        name = f"classifier of {len(found['classes'])} classes, validation accuracy {found['accuracy']:.1%}"
-        return model.to(processes.device, memory_format=torch.channels_last).eval().requires_grad_(False), name
-    source = path = found["source"]
-    try:
-        if not Path(source).is_file():
-            file = Path(repa.dinov2_url(source)).name
-            if processes.rank == 0:  # one downloads, the others find it
-                fetch(file, folder)
-            processes.barrier()
-            path = fetch(file, folder)
-        return repa.dinov2_from_state(read_file(path)).to(processes.device), source
-    except ValueError as error:
-        raise UsageError(f"--repa-teacher {source}: {error}")
-
-
-class Aligned(nn.Module):
-    """A generator and the projector of its hidden state as one module, so that one wrapper averages all their gradients."""
-
-    def __init__(self, model, projector):
-        super().__init__()
-        self.model, self.projector = model, projector
-
-    def forward(self, *args, **kwargs):
-        """As the model's forward with hidden_layer, but the hidden state comes out projected: (output, (B,T,D))."""
-        output, hidden = self.model(*args, **kwargs)
-        return output, self.projector(hidden)
-
-
-# ------------------------------------------------------------------------------------------------ stage two: the generators
-
-
-class Stage(NamedTuple):
-    """All that turns a generator's output into pictures: the frozen tokenizer and the statistics DiT normalises by."""
-    tokenizer: Tokenizer
-    mean: torch.Tensor    # (1,d,1,1), or None for a released tokenizer, whose file lacks them
-    std: torch.Tensor     # (1,d,1,1), or None
-    grid: tuple           # (h, w)
-
-    def latents_of(self, codes):
-        """A batch of Tokens -> normalised latents (B,d,h,w), about N(0, 1) in each channel: the data of DiT."""
-        return (self.plain(codes) - self.mean) / self.std
-
-    def plain(self, codes):
-        """A batch of Tokens -> latents z (B,d,h,w) as the decoder takes them."""
-        return self.tokenizer.quantize.codes(codes.unflatten(1, self.grid)) if self.tokenizer.discrete else codes
-
-    def decode(self, latents):
-        """Normalised latents (B,d,h,w) -> pictures (B,3,H,W) uint8."""
-        if self.mean is None:
-            raise UsageError("this tokenizer's file lacks the mean and standard deviation of its latents, by which DiT's are "
-                             "normalised: sample from a checkpoint of train.py, which measures them")
-        return to_uint8(self.tokenizer.decode(latents * self.std + self.mean))
-
-
-def load_stage(checkpoint, image_size, device):
-    """The Stage of a tokenizer checkpoint, or of the part of a generator checkpoint that holds one."""
-    tokenizer = build_tokenizer(checkpoint["args"]).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    load_weights(tokenizer, checkpoint["ema"], "the tokenizer")
-    mean, std = (torch.tensor(checkpoint["latents"][name], device=device).view(1, -1, 1, 1).clamp(min=least)
-                 for name, least in (("mean", -math.inf), ("std", 1e-6))) if checkpoint.get("latents") else (None, None)
-    return Stage(tokenizer, mean, std, tuple(side // tokenizer.downsample for side in image_size))
-
-
-def build_generator(args, levels, num_classes):
-    """The LlamaGen or DiT that a dictionary of flags describes, for tokens of these levels."""
-    grid = [side // args["downsample"] for side in args["image_size"]]
-    common = dict(num_classes=num_classes, grad_checkpoint=args["grad_checkpoint"])
-    try:
-        if args["model"] == "dit":
-            depth, hidden_size, num_heads = dit.SIZES[args["size"]]
-            return dit.DiT(input_size=grid, in_channels=len(levels), hidden_size=hidden_size, depth=depth, num_heads=num_heads,
-                           patch_size=args["patch_size"], **common)
-        groups = args["token_groups"] or next((g for g in range(1, len(levels) + 1) if len(levels) % g == 0
-                                               and max(llamagen.group_vocab(levels, g)) <= 4096), 1)
-        n_layer, n_head, dim = llamagen.SIZES[args["size"]]
-        return llamagen.LlamaGen(grid=grid, vocab_sizes=llamagen.group_vocab(levels, groups), n_layer=n_layer, n_head=n_head,
-                                 dim=dim, dropout=args["dropout"], class_dropout=args["class_dropout"], **common)
-    except ValueError as error:
-        raise UsageError(f"{error}")
-
-
-def generator_losses(args, net, stage, look, batch, device):
-    """One micro-batch of Tokens -> (loss, its named parts). With --repa-layer `net` is an Aligned, and the batch has a third
-    part, from which `look` makes the teacher's features (B,T,D)."""
-    codes, labels, *seen = (part.to(device, non_blocking=True) for part in batch)
-    labels = labels * (not args.unconditional)
-    drop = torch.rand(len(labels), device=device) < args.class_dropout
-    if args.model == "llamagen":
-        output, projected = net(labels, codes, drop=drop, hidden_layer=args.repa_layer), None
-        if args.repa_layer:
-            output, projected = output
-        loss = llamagen.cross_entropy(output, codes)
-        values = {"loss": loss}
-    else:
-        x1 = stage.latents_of(codes)                                                    # (B,d,h,w)
-        found = dit.flow_matching_loss(net, x1, labels, torch.randn_like(x1), dit.logit_normal_t(len(x1), device=device),
-                                       drop=drop, hidden_layer=args.repa_layer)
-        loss, projected = found["loss"], found.get("hidden")
-        values = {"loss": loss, "mse": found["mse"].mean(), "cosine": found["cosine"].mean()}
-    if args.repa_layer:
-        alignment = repa.alignment_loss(projected, look(seen[0]))                       # -1 when they agree
-        loss, values["alignment"] = loss + args.repa_weight * alignment, -alignment
-    return loss, values
-
-
-@torch.no_grad()
-def validate_generator(args, model, stage, tokens, processes, batch_size=64, limit=1000):
-    """Validation loss on the centre views: {"val_bits_per_token"} of LlamaGen, {"val_loss"} of DiT.
-
-    DiT's is the velocity's squared error at fixed times and with fixed noise, so that runs can be compared: the n images of
-    a block are looked at at t = 0.5/n, 1.5/n, ... in a shuffled order. Blocks go to the processes in turn.
-    """
-    model.eval()
-    chosen = spread(tokens, limit)
-    total = torch.zeros(2, dtype=torch.float64)
-    for block, part in enumerate(chosen.split(batch_size)):
-        if block % processes.world != processes.rank:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser()
+    first = parser.parse_args(argv)  # what decides about the presets
+    out = first.out or default_out(first)
+    stored = {}
+    if first.resume:
+        path = out / "ckpt.pt" if first.resume is True else Path(first.resume)
+        checkpoint = load_checkpoint(path)
+        asked = first.model if "--model" in " ".join(argv) else checkpoint["kind"]
+        if checkpoint["kind"] != asked or asked not in SIZES:
+            raise UsageError(f"--resume {path}: this is the checkpoint of a {checkpoint['kind']}")
+        stored = {**checkpoint["args"], "resume": path, "out": None}
+        out = first.out or path.parent
+    elif first.tokenizer:
+        checkpoint = load_checkpoint(first.tokenizer, "tokenizer", levels=first.levels,
+                                     alpha=first.alpha, image_size=first.image_size)
+        network = checkpoint["network"]
+        stored = {name: network.get(name, checkpoint["args"].get(name)) for name in TOKENIZER_FLAGS}
+        stored["downsample"] = 2 ** (len(network["multipliers"]) - 1)
+        stored["image_size"] = checkpoint["args"].get("image_size")
+    stored = as_argv(stored, vars(first))
+    first = parser.parse_args([*stored, *argv])
+    parser.set_defaults(**preset(first))
+    if first.help:
+        parser.print_help()
+        sys.exit(0)
+    before, args = parser.parse_args(stored), parser.parse_args([*stored, *argv])
+    args.out = out
+    if args.resume:
+        args.resume = path
+        refuse_changes(args, before, f"continue {path}", FREE)
+    elif args.tokenizer:
+        fixed = {name: getattr(before, name) for name in TOKENIZER_FLAGS}
+        refuse_changes(args, argparse.Namespace(**fixed), f"use {args.tokenizer}", ())
+    args.image_size = [args.image_size[0], args.image_size[-1]]
+    if args.repa_layer and args.repa_teacher == "auto":
+        large = min(args.image_size) >= DINO_PX
+        args.repa_teacher = "dinov2_vitb14" if large else "classifier"
+    check_args(args)
+    return args
+
+
+def default_out(args):
+    """out/MODEL-DATA, and -repaK for an aligned generator."""
+    name = f"{args.model}-{Path(args.data).resolve().name}"
+    return Path("out") / (f"{name}-repa{args.repa_layer}" if args.repa_layer else name)
+
+
+def preset(args):
+    """The defaults that follow from --model, --size, --data and --device."""
+    small = args.data in BUILT_IN or pick_device(args.device).type == "cpu"
+    size = args.size or ("nano" if small else {"tokenizer": "paper"}.get(args.model, "L"))
+    if size not in SIZES[args.model]:
+        raise UsageError(f"--model {args.model} has no --size {size}: choose from "
+                         f"{' '.join(SIZES[args.model])}")
+    kind = "nano" if size == "nano" else "paper"
+    return {"size": size, "levels": [17] * 4, **NETWORKS[kind], **SCHEDULES[args.model, kind]}
+
+
+def as_argv(values, known):
+    """{flag: value} as a command line, without what is unset or no flag of today."""
+    argv = []
+    for name, value in values.items():
+        if name not in known or value is None or value is False:
             continue
-        codes, labels = default_collate([tokens[i] for i in part.tolist()])
-        codes, labels = codes.to(processes.device), labels.to(processes.device) * (not args.unconditional)
-        with processes.autocast():
-            if args.model == "llamagen":
-                loss = llamagen.cross_entropy(model(labels, codes), codes) / math.log(2)
-            else:
-                x1 = stage.latents_of(codes)
-                generator = torch.Generator().manual_seed(seed_of(0, block))
-                noise = torch.randn(x1.shape, generator=generator).to(x1)
-                t = ((torch.randperm(len(x1), generator=generator) + 0.5) / len(x1)).to(x1)
-                loss = dit.flow_matching_loss(model, x1, labels, noise, t, cosine=False)["loss"]
-        total += torch.tensor([loss.item() * len(part), len(part)], dtype=torch.float64)
-    total = processes.sum(total)
-    return {"val_bits_per_token" if args.model == "llamagen" else "val_loss": (total[0] / total[1]).item()}
-
-
-def sampling_defaults(model):
-    """The paper's settings of `sample_pictures` for --model MODEL."""
-    if model == "llamagen":
-        return dict(cfg_scale=2.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
-    return dict(cfg_scale=1.0, cfg_interval=(0.0, 1.0), sampler="euler", sample_steps=250, timestep_shift=1.0)
-
-
-@torch.no_grad()
-def sample_pictures(model, stage, labels, indices, seed, settings):
-    """Pictures (B,3,H,W) uint8 of classes `labels` (B,) int64: a pure function of the seed and each one's global index.
-
-    indices: B integers that number the samples of the whole run. All randomness of a sample comes from (seed, its index).
-    settings: as in `sampling_defaults`.
-    """
-    generators = [torch.Generator().manual_seed(seed_of(seed, index)) for index in indices]
-    if isinstance(model, llamagen.LlamaGen):
-        shape = math.prod(model.grid), len(model.vocab_sizes)
-        uniforms = torch.stack([torch.rand(shape, generator=g) for g in generators]).to(labels.device)
-        codes = llamagen.sample(model, labels, uniforms, **settings)                    # (B, h*w)
-        return to_uint8(stage.tokenizer.decode_indices(codes.unflatten(1, stage.grid)))
-    noise = torch.stack([torch.randn(model.in_channels, *model.input_size, generator=g) for g in generators]).to(labels.device)
-    settings = dict(settings)
-    return stage.decode(dit.sample(model, noise, labels, settings.pop("sample_steps"), **settings))
-
-
-def draw_samples(path, model, stage, classes, seed, processes, settings, per_class=6, limit=12):
-    """PNG: a row of samples for each of the (first `limit`) classes."""
-    from torchvision.utils import save_image
-    count = min(len(classes), limit)
-    labels = torch.arange(count, device=processes.device).repeat_interleave(per_class)
-    with processes.autocast():
-        pictures = sample_pictures(model.eval(), stage, labels, range(len(labels)), seed, settings)
-    save_image(pictures.cpu().float() / 255, path, nrow=per_class, padding=2)
-
-
-def train_generator(args):
-    """Train LlamaGen or DiT on the tokens of --data; first the tokenizer, if there is none. Returns the checkpoint's path."""
-    saved = saved_state(args)
-    checkpoint = saved["tokenizer"] if saved else load_checkpoint(args.tokenizer or first_stage(args))
-    if checkpoint["kind"] != "tokenizer":
-        raise UsageError(f"--tokenizer {args.tokenizer} is a {checkpoint['kind']} checkpoint, not a tokenizer's")
-    inherit(args, checkpoint["args"])
-    if args.repa_layer and args.repa_teacher in (None, "auto"):
-        args.repa_teacher = "dinov2_vitb14" if min(args.image_size) >= DINO_PX else "classifier"
-    if saved:
-        check_resume(args, saved)
-    processes = start_processes(args)
-    device = processes.device
-    header = {"kind": args.model, "tokenizer": excerpt(checkpoint, "latents")}
-    teacher = None
-    if args.repa_layer:
-        found = saved["teacher"] if saved else teacher_stage(args) if args.repa_teacher == "classifier" \
-            else find_teacher(args.repa_teacher)
-        teacher, name = load_teacher(found, args.pretrained, processes)
-        header["teacher"] = excerpt(found, "accuracy", "source")
-        if processes.rank == 0:
-            print(f"layer {args.repa_layer} is aligned with weight {args.repa_weight:g}; teacher: {name}", flush=True)
-    stage = load_stage(checkpoint, args.image_size, device)
-    train_images, val_images = (open_images(args.data, split, args.image_size, args.seed, args.skip_bad_images)
-                                for split in ("train", "val"))
-    train_tokens = cache_tokens(args, processes, checkpoint, stage.tokenizer, train_images, "train", 2 * args.crops)
-    val_tokens = cache_tokens(args, processes, checkpoint, stage.tokenizer, val_images, "val", 1)
-    if stage.mean is None:  # a released tokenizer
-        z = torch.cat([stage.plain(val_tokens[i][0][None].to(device)) for i in spread(val_tokens, 1000).tolist()])
-        header["tokenizer"]["latents"] = {"mean": z.mean((0, 2, 3)).tolist(), "std": z.std((0, 2, 3)).tolist()}
-        stage = load_stage(header["tokenizer"], args.image_size, device)
-
-    classes = header["classes"] = ["all"] if args.unconditional else train_images.classes
-    torch.manual_seed(seed_of(args.seed, -1))
-    model = build_generator(vars(args), stage.tokenizer.levels, len(classes)).to(device)
-    if args.init_from:
-        load_weights(model, weights_in(read_file(args.init_from)), args.init_from)
-    parts, whole = {"model": model, "ema": copy.deepcopy(model).requires_grad_(False)}, model
-    look = lambda features: features
-    if teacher:
-        if args.cache_teacher:
-            train_tokens.beside = cache_features(args, processes, teacher, train_images, model.grid, train_tokens.views)
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            argv.append(flag)
+        elif isinstance(value, (list, tuple)):
+            argv += [flag, *map(str, value)]
         else:
-            train_tokens.beside = train_images.pixels
-            look = lambda pixels: teacher.features(to_float(pixels, device), model.grid)
-        parts["projector"] = repa.make_projector(model.dim, teacher.dim, args.repa_width).to(device)
-        whole = Aligned(model, parts["projector"])
-    if args.fsdp:
-        for net in (whole, parts["ema"]):
-            generator = net.model if isinstance(net, Aligned) else net
-            processes.shard(net, generator.layers if args.model == "llamagen" else generator.blocks)
-    optimizer = torch.optim.AdamW(whole.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    parts["optimizer"] = optimizer
-    net = processes.wrap(torch.compile(whole) if args.compile else whole)
-    settings = sampling_defaults(args.model)
-    if args.model == "dit":
-        settings["sample_steps"] = 50  # enough for a look
-    describe(processes, model, f"{args.model} {args.size}: {stage.grid[0]} x {stage.grid[1]} tokens of "
-             f"{stage.tokenizer.quantizer} {' '.join(map(str, stage.tokenizer.levels))}; {args.data}: "
-             f"{len(train_tokens)} images x {train_tokens.views} views, {len(classes)} classes")
-
-    def validate():
-        ema = parts["ema"]
-        if args.fsdp and processes.world > 1:  # a whole copy: the samplers call the layers one by one, on one process
-            ema = build_generator(vars(args), stage.tokenizer.levels, len(classes)).to(device)
-            ema.load_state_dict(gather(parts["ema"].state_dict()))
-        found = validate_generator(args, ema, stage, val_tokens, processes)
-        if processes.rank == 0:
-            draw_samples(args.out / "samples.png", ema, stage, classes, args.seed, processes, settings)
-        return found, {}
-
-    batches = load_batches(args, processes, train_tokens, saved)
-    return fit(args, processes, saved, parts, batches, lambda step: (net, optimizer),
-               lambda batch, step: generator_losses(args, net, stage, look, batch, device), validate, header)
+            argv.append(f"{flag}={value}")
+    return argv
 
 
-def excerpt(checkpoint, *more):
-    """What a generator's checkpoint keeps of its tokenizer's or teacher's."""
-    names = "format", "kind", "args", "step", "ema", "classes", *more
-    return {name: checkpoint[name] for name in names if name in checkpoint}
+def refuse_changes(args, before, purpose, free):
+    """Raise UsageError if flags differ from `before`, but for those in `free` and TUNABLE."""
+    changed, tuned = [], []
+    for name, value in vars(before).items():
+        now = getattr(args, name)
+        if name in free or now == value or list(np.atleast_1d(now)) == list(np.atleast_1d(value)):
+            continue
+        text = f"--{name.replace('_', '-')} was {value}, is {now}"
+        (tuned if name in TUNABLE else changed).append(text)
+    if changed:
+        more = ", ..." if len(changed) > 4 else ""
+        raise UsageError(f"cannot {purpose} with other settings ({'; '.join(changed[:4])}{more}): "
+                         "leave those flags out, or begin a new run in another --out")
+    if tuned:
+        print(f"from here on with other settings: {'; '.join(tuned)}", file=sys.stderr)
 
 
-def main(argv=None):
+def check_args(args):
+    """Raise UsageError for flags that do not fit together, before anything is read or written."""
+    f, longest = args.downsample, 2 ** (len(args.multipliers) - 1)
+    if f & (f - 1) or f > longest:
+        raise UsageError(f"--downsample must be a power of 2 up to {longest}, not {f}")
+    if any(side % f for side in args.image_size):
+        raise UsageError(f"--image-size {' '.join(map(str, args.image_size))} is not a multiple of "
+                         f"--downsample {f}: change one of them")
+    if math.prod(args.image_size) > 2**26 or math.prod(args.levels) >= 2**63:
+        raise UsageError("--image-size or the product of --levels is too large: "
+                         f"{args.image_size} px, {len(args.levels)} channels")
+    if args.model == "tokenizer":
+        if args.disc_start >= 0:
+            with building("--disc-start"):
+                discriminator_layers(min(args.image_size))
+        if args.fsdp or args.repa_layer is not None:
+            raise UsageError("--fsdp and --repa-layer are for generators: leave them out")
+        return
+    depth = {"llamagen": llamagen, "dit": dit}[args.model].SIZES[args.size][0]
+    if args.repa_layer is not None and not 1 <= args.repa_layer <= depth:
+        raise UsageError(f"--repa-layer {args.repa_layer}: --model {args.model} --size {args.size} "
+                         f"has {depth} layers, choose from 1 to {depth}")
+    if args.repa_layer is None and args.repa_teacher != "auto":
+        raise UsageError("--repa-teacher needs --repa-layer K, which says where to align")
+    if args.fsdp and args.optimizer == "muon":
+        raise UsageError("--optimizer muon needs whole matrices, which --fsdp divides: take "
+                         "--optimizer adamw, or leave --fsdp out")
+    if args.model == "llamagen" and args.quantizer in ("vae", "ae"):
+        raise UsageError(f"--model llamagen predicts integers, which a {args.quantizer} tokenizer "
+                         "does not have: use --model dit or another --quantizer")
+
+
+def plain_args(args):
+    """The flags as plain values, as a checkpoint or a report holds them."""
+    return {name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()}
+
+
+def first_stage_args(args, images):
+    """The flags of the tokenizer that is trained for a generator without --tokenizer.
+
+    images: how many there are, and so the largest batch.
+    """
+    kind = "nano" if args.size == "nano" else "paper"
+    flags = {**vars(args), **SCHEDULES["tokenizer", kind], "model": "tokenizer", "size": kind,
+             "out": args.out / "tokenizer", "init_from": None, "resume": None, "grad_accum": 1,
+             "fsdp": False, "repa_layer": None, "compile": False}
+    flags["steps"] = args.tokenizer_steps or flags["steps"]
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    fitting = min(flags["batch_size"], images) // world * world
+    flags["batch_size"] = fitting or world
+    return argparse.Namespace(**flags)
+
+
+def first_stage(args, processes):
+    """The path of OUT/tokenizer/ckpt.pt, trained or continued now if it is not finished."""
+    images = open_images(args.data, "train", args.image_size, skip_bad=args.skip_bad_images)
+    flags = first_stage_args(args, len(images))
+    path, saved = flags.out / "ckpt.pt", None
+    if path.exists():
+        saved = load_checkpoint(path, "tokenizer")
+        before = {name: value for name, value in saved["args"].items() if name in TOKENIZER_FLAGS}
+        refuse_changes(flags, argparse.Namespace(**before, data=saved["args"]["data"]),
+                       f"use {path}", ())
+        if saved["step"] >= flags.steps:
+            return path
+    processes.say(f"first {'continuing' if saved else 'training'} the tokenizer in {flags.out}")
+    return fit(TokenizerTraining(flags, processes, saved), flags, processes, saved)
+
+
+def train(args):
+    """Train what the flags say. Returns the path of the checkpoint."""
+    processes = start_processes(args)
+    with only_run_in(args.out, processes):
+        processes.barrier()
+        processes.require_shared(args.out)
+        saved = None
+        if args.resume:
+            saved = load_checkpoint(args.resume, args.model)
+            if saved["step"] >= args.steps:
+                raise UsageError(f"{args.resume} has finished its {args.steps} steps: "
+                                 "raise --steps to continue")
+        elif (args.out / "ckpt.pt").exists():
+            raise UsageError(f"{args.out / 'ckpt.pt'} exists: continue it with --resume, or "
+                             "choose another --out")
+        if args.model == "tokenizer":
+            training = TokenizerTraining(args, processes, saved)
+        else:
+            tokenizer = saved["tokenizer"] if saved else load_checkpoint(
+                args.tokenizer or first_stage(args, processes), "tokenizer", levels=args.levels,
+                alpha=args.alpha)
+            training = GeneratorTraining(args, processes, saved, tokenizer)
+        path = fit(training, args, processes, saved)
+        processes.say(f"saved {path}; next: python evaluate.py {path}")
+        return path
+
+
+def guarded(program, function):
+    """Call function(); what the user can mend is one line on stderr and exit code 2."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # closed by the caller
+        stream.reconfigure(errors="backslashreplace")         # any name can be printed
+        setattr(sys, name, stream)
+    code = 2
     try:
-        args = parse_args(argv)
-        path = train_tokenizer(args) if args.model == "tokenizer" else train_generator(args)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"saved {path}; next: python evaluate.py {path}")
-    except (UsageError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        sys.exit(fail("train.py", error))
+        return function()
+    except UsageError as error:
+        text = str(error).strip().split("UsageError: ")[-1]  # a loader process sends its traceback
+    except KeyboardInterrupt:
+        code, text = 130, "interrupted; the last checkpoint and all finished stages stand"
+    except (MemoryError, OverflowError, torch.OutOfMemoryError):
+        text = OUT_OF_MEMORY
+    except OSError as error:
+        mend = "check the path, its permissions and the disk's room"
+        if error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE):
+            mend = "the system allows no more processes or files: lower --num-workers"
+        text = f"{error.filename or 'a file'}: {error.strerror or error}: {mend}"
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        text = OUT_OF_MEMORY
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    print(f"{program}: {' '.join(text.split())[:480]}", file=sys.stderr)
+    sys.exit(code)
 
 
-def fail(program, error):
-    """Print what the user can do something about as one line on stderr; returns the exit code."""
-    if isinstance(error, KeyboardInterrupt):
-        text = "interrupted; the last checkpoint and all finished stages stand, the same command goes on from them"
-    elif isinstance(error, torch.OutOfMemoryError):
-        text = "the device is out of memory: lower --batch-size, or raise --grad-accum or set --grad-checkpoint in training"
-    elif isinstance(error, OSError) and not isinstance(error, UsageError):
-        text = f"{error.filename or 'a file'}: {error.strerror or error}: check the path, its permissions and the disk's room"
-    else:
-        text = str(error).strip().splitlines()[-1].split("UsageError: ")[-1]            # a loader process adds its traceback
-    print(f"{program}: {text}", file=sys.stderr)
-    return 130 if isinstance(error, KeyboardInterrupt) else 2
+OUT_OF_MEMORY = ("out of memory: lower --batch-size or --image-size, or in training raise "
+                 "--grad-accum or set --grad-checkpoint")
+
+
+def main(argv=None):
+    guarded("train.py", lambda: train(parse_args(argv)))
 
 
 if __name__ == "__main__":

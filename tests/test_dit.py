@@ -1,8 +1,11 @@
-"""dit.py against the public implementations (golden vectors), against closed forms, and against its own promises."""
+"""dit.py against public implementations (golden vectors), closed forms, and its own promises."""
 import doctest
 import itertools
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,22 +15,21 @@ from torch.utils.flop_counter import FlopCounterMode
 import dit
 from dit import SIZES, DiT, flow_matching_loss, guided_velocity, logit_normal_t, sample, time_grid
 
+PIPELINES = Path(__file__).parent / "golden" / "pipelines"
 GOLDEN_MODELS = ["dit_full", "dit_plain", "dit_fb_sigma", "dit_fb_nosigma"]
 SWITCHES = ("qk_norm", "swiglu", "rope", "rmsnorm")
 
 
 def load_public(case):
-    """The DiT of a golden case with its weights, strictly; only the REPA projector is left out."""
-    ctor = case.meta["ctor"]
-    sizes = {key: ctor[key] for key in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")}
-    switches = dict.fromkeys(SWITCHES, "use_rope" in ctor)
-    model = DiT(input_size=(ctor["input_size"],) * 2, learn_sigma=ctor.get("learn_sigma", False), **sizes, **switches)
-    model.load_state_dict({k: v for k, v in case.sd.items() if not k.startswith("projectors.")}, strict=True)
+    """The DiT of a golden case with its weights, all read off the file except the number of heads."""
+    model = DiT(**dit.released_arguments(case.sd, heads=case.meta["ctor"]["num_heads"]))
+    model.load_state_dict(dit.released_weights(case.sd), strict=True)
     return model
 
 
 def load_projector(case):
-    state = {k.removeprefix("projectors.0."): v for k, v in case.sd.items() if k.startswith("projectors.")}
+    prefix = "projectors.0."
+    state = {k.removeprefix(prefix): v for k, v in case.sd.items() if k.startswith(prefix)}
     first, second, last = (nn.Linear(*state[f"{i}.weight"].shape[::-1]) for i in (0, 2, 4))
     projector = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
     projector.load_state_dict(state)
@@ -35,39 +37,44 @@ def load_projector(case):
 
 
 def small(awake=True, **overrides):
-    """A tiny DiT; `awake` gives every weight a value, as after training (adaLN-zero would hide most of the network)."""
+    """A tiny DiT; `awake` gives every weight a value, since adaLN-zero hides most of the network."""
     torch.manual_seed(0)
-    defaults = dict(input_size=(4, 4), in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5)
-    model = DiT(**{**defaults, **overrides})
-    for parameter in model.parameters() if awake else ():
-        nn.init.normal_(parameter, std=0.15)
+    sizes = dict(input_size=(4, 4), in_channels=3, hidden_size=32, depth=2, num_heads=2)
+    model = DiT(**{**sizes, "num_classes": 5, **overrides})
+    if awake:
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.15)
     return model
 
 
 def batch(count=4, shape=(3, 4, 4), classes=5, seed=0):
     """latents, noise, times, labels"""
     rng = torch.Generator().manual_seed(seed)
-    normal = lambda: torch.randn(count, *shape, generator=rng)
-    return normal(), normal(), torch.rand(count, generator=rng), torch.randint(classes, (count,), generator=rng)
+    latents, noise = torch.randn(2, count, *shape, generator=rng)
+    labels = torch.randint(classes, (count,), generator=rng)
+    return latents, noise, torch.rand(count, generator=rng), labels
 
 
 class Field(nn.Module):
-    """A velocity field in place of a DiT; it notes what it was asked. The default is the one behind the golden files."""
+    """A velocity field in place of a DiT, which records its inputs; by default that of the golden files."""
 
     num_classes = 5
 
     def __init__(self, W=None, b=None, field=None):
         super().__init__()
-        self.W, self.b = (None, None) if W is None else (nn.Parameter(W), nn.Parameter(b))
-        self.field, self.states, self.times = field or self.golden_field, [], []
+        if W is not None:
+            self.W, self.b = nn.Parameter(W), nn.Parameter(b)
+        self.field = field or self.golden_field
+        self.states, self.times, self.labels = [], [], []
 
     def golden_field(self, x, t):
         mixed = torch.einsum("ij,bjhw->bihw", self.W, x).tanh()
         return mixed * (0.5 + t) + self.b[:, None, None] * torch.sin(3 * t) + 0.2 * x
 
-    def forward(self, x, t, y, drop=None):
+    def forward(self, x, t, labels, drop=None, hidden_layer=None):
         self.states.append(x.clone())
         self.times.append(t[0].item())
+        self.labels.append(labels.tolist())
         return self.field(x, t[:, None, None, None])
 
 
@@ -91,12 +98,11 @@ def test_outputs_and_gradients_match_the_public_models(golden, name):
     golden.close(loss, expected["loss"], tolerance=1e-4)
     loss.backward()
 
-    norms = {k.removeprefix("grad_norm/"): v for k, v in expected.items() if k.startswith("grad_norm/")}
-    assert norms.keys() == parameters.keys()
-    for key, norm in norms.items():
-        golden.close(parameters[key].grad.norm(), norm)
-    for key in (k.removeprefix("grad/") for k in expected if k.startswith("grad/")):
-        golden.close(parameters[key].grad, expected[f"grad/{key}"])
+    assert {k[10:] for k in expected if k.startswith("grad_norm/")} == parameters.keys()
+    for key, parameter in parameters.items():
+        golden.close(parameter.grad.norm(), expected[f"grad_norm/{key}"])
+        if f"grad/{key}" in expected:
+            golden.close(parameter.grad, expected[f"grad/{key}"])
 
 
 @pytest.mark.parametrize("name", GOLDEN_MODELS)
@@ -106,8 +112,7 @@ def test_embeddings_match_the_public_models(golden, name):
     golden.close(dit.time_features(inputs["t"]), expected["t_embedding"])
     golden.close(model.t_embedder(inputs["t"]), expected["t_emb"])
     golden.close(model.x_embedder(inputs["x"]) + model.pos_embed, expected["tokens_in"])
-    grid = model.input_size[0] // model.patch_size
-    golden.close(dit.sincos_positions(grid, grid, case.meta["ctor"]["hidden_size"]), expected["pos_embed_sincos"])
+    golden.close(dit.sincos_positions(*model.grid, model.dim), expected["pos_embed_sincos"])
     if name == "dit_full":  # the constructor's own rotation table, not the loaded one
         rope = dit.Rope2d(4, 4, 16)
         golden.close(rope.freqs_cos, case.sd["feat_rope.freqs_cos"])
@@ -119,12 +124,12 @@ def test_embeddings_match_the_public_models(golden, name):
 def test_guidance_matches_the_public_models(golden, name, scale):
     case = golden(name)
     model, expected = load_public(case), case.outputs[f"cfg_scale_{scale}"]
-    x, t, y = (half.chunk(2)[0] for half in (case.inputs["cfg_x"], case.inputs["cfg_t"], case.inputs["cfg_y"]))
+    x, t, y = (case.inputs[name].chunk(2)[0] for name in ("cfg_x", "cfg_t", "cfg_y"))
     golden.close(guided_velocity(model, x, t, y, scale, guide_channels=3), expected.chunk(2)[0])
 
     cond, uncond = model(x, t, y), model(x, t, torch.full_like(y, model.num_classes))
-    golden.close(guided_velocity(model, x, t, y, scale), uncond + scale * (cond - uncond))  # ours: every channel
-    if name == "dit_full" and scale == 4.0:  # at t = 0.375 an interval that starts at 0.5 does not guide yet
+    golden.close(guided_velocity(model, x, t, y, scale), uncond + scale * (cond - uncond))
+    if name == "dit_full" and scale == 4.0:  # t = 0.375 is before the interval, which starts at 0.5
         golden.close(cond, case.outputs["cfg_scale_4.0_interval_start_0.5"].chunk(2)[0])
 
 
@@ -150,7 +155,8 @@ def test_losses_match_the_public_transport(golden):
 def test_euler_trajectory_matches_the_public_sampler(golden, suffix, shift):
     case = golden("transport_ode_stub")
     model, expected = Field(case.inputs["W"], case.inputs["b"]), case.outputs
-    final = sample(model, case.inputs["x"], torch.zeros(3, dtype=torch.int64), steps=8, timestep_shift=shift)
+    labels = torch.zeros(3, dtype=torch.int64)
+    final = sample(model, case.inputs["x"], labels, steps=8, timestep_shift=shift)
     golden.close(torch.tensor(time_grid(8, shift)), expected["grid" + suffix])
     golden.close(torch.tensor(model.times), expected["call_times" + suffix])
     golden.close(torch.stack([*model.states, final]), expected["traj" + suffix])
@@ -159,12 +165,13 @@ def test_euler_trajectory_matches_the_public_sampler(golden, suffix, shift):
 def test_heun_matches_the_public_sampler(golden):
     case = golden("transport_ode_stub")
     model = Field(case.inputs["W"], case.inputs["b"])
-    final = sample(model, case.inputs["x"], torch.zeros(3, dtype=torch.int64), steps=8, sampler="heun")
+    labels = torch.zeros(3, dtype=torch.int64)
+    final = sample(model, case.inputs["x"], labels, steps=8, sampler="heun")
     golden.close(final, case.outputs["final_heun2"])
     assert len(model.times) == 16
 
 
-@pytest.mark.parametrize("suffix, shift", [("", 1.0), ("_shift", 0.3)])
+@pytest.mark.parametrize("suffix, shift", [("", 0.0), ("_shift", 0.3)])  # 0 means "no shift" there
 @pytest.mark.parametrize("key, scale, start", [
     ("nocfg", 1.0, 0.0), ("cfg2.0_start0.0", 2.0, 0.0), ("cfg3.0_start0.31", 3.0, 0.31)])
 def test_samples_match_the_public_sampler(golden, key, scale, start, suffix, shift):
@@ -174,41 +181,91 @@ def test_samples_match_the_public_sampler(golden, key, scale, start, suffix, shi
     golden.close(latents, case.outputs[f"final_{key}{suffix}"])
 
 
+# ---- Whole files of the public training ----
+
+def load_file(name, part):
+    """The network of a public checkpoint (part "ema" or "model"), and the arrays stored for it."""
+    weights = torch.load(PIPELINES / name / "0000012.pt", weights_only=True)[part]
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    model = DiT(**dit.released_arguments(weights, heads=2))
+    model.load_state_dict(dit.released_weights(weights, model), strict=True)
+    with np.load(PIPELINES / f"{name}.npz", allow_pickle=False) as arrays:
+        return model, dict(arrays)
+
+
+@pytest.mark.parametrize("name", ["dit", "dit_plain"])
+def test_a_public_file_samples_what_the_public_code_samples(name):
+    model, arrays = load_file(name, "ema")
+    other, _ = load_file(name, "model")
+    noise, labels = torch.from_numpy(arrays["in/noise"]), torch.from_numpy(arrays["in/labels"])
+    for run, settings in json.loads(str(arrays["meta"]))["runs"].items():
+        start = settings.pop("cfg_interval_start")
+        settings |= dict(steps=10, cfg_interval=(start, 1.0), guide_channels=3)
+        expected = torch.from_numpy(arrays[f"out/{run}/latents"])
+        latents = sample(model, noise, labels, **settings)
+        torch.testing.assert_close(latents, expected, atol=1e-3, rtol=0)
+        assert (sample(other, noise, labels, **settings) - expected).abs().max() > 0.1
+        if run == "interval":
+            states = torch.from_numpy(arrays["out/interval/trajectory"])
+            assert torch.equal(states[0], noise) and torch.equal(states[-1], expected)
+            model_steps = []
+            hook = model.register_forward_pre_hook(lambda m, args: model_steps.append(args[0][:4]))
+            sample(model, noise, labels, **settings)
+            hook.remove()
+            torch.testing.assert_close(torch.stack(model_steps), states[:-1], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(patch_size=2, learn_sigma=True), dict(qk_norm=False), dict(rope=False, rmsnorm=False),
+    dict(qk_norm=False, rope=False, swiglu=False)])
+def test_arguments_are_read_off_the_weights(options):
+    model = small(**options)
+    arguments = dit.released_arguments(model.state_dict(), heads=2, rope=model.feat_rope is not None)
+    again = DiT(**arguments)
+    again.load_state_dict(model.state_dict(), strict=True)
+    assert again.blocks[0].attn.num_heads == 2 and again.input_size == (4, 4)
+
+
+def test_heads_come_from_the_table_of_sizes(monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", (2, 32, 2))
+    weights = small(qk_norm=False, rope=False).state_dict()
+    assert dit.released_arguments(weights, heads=99)["num_heads"] == 2
+
+
+def test_missing_buffers_are_added_and_rope_follows_qk_norm():
+    model = small()
+    weights = {k: v for k, v in model.state_dict().items() if "feat_rope" not in k}
+    assert dit.released_arguments(weights)["rope"]
+    assert not dit.released_arguments(weights, rope=False)["rope"]
+    weights["projectors.0.0.weight"] = torch.zeros(1)
+    small(awake=False).load_state_dict(dit.released_weights(weights, model), strict=True)
+    assert not dit.released_arguments(small(qk_norm=False, rope=False).state_dict(), heads=4)["rope"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"x_embedder.proj.weight": None, "tok_embeddings.weight": 1}, "another architecture"),
+    ({"x_embedder.proj.weight": None, "cls_embedding.embedding_table.weight": 1}, "a LlamaGen, not"),
+    ({"x_embedder.proj.weight": None, "encoder.conv_in.weight": 1}, "a tokenizer, not a DiT"),
+    ({"pos_embed": torch.zeros(1, 15, 32)}, "15 tokens: only square"),
+    ({}, "2 layers of width 32: give its number of attention heads with --heads"),
+])
+def test_other_files_are_refused(change, message):
+    weights = small(qk_norm=False, rope=False).state_dict() | change
+    weights = {key: value for key, value in weights.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        dit.released_arguments(weights)
+
+
 # ---- Closed forms and counts from the papers ----
-
-def gaussian_field(mean, std):
-    """The exact velocity between N(0, 1) noise and N(mean, std^2) data; its flow takes x at t=0 to mean + std * x."""
-    return lambda x, t: mean + (t * std**2 - (1 - t)) / ((1 - t) ** 2 + (t * std) ** 2) * (x - t * mean)
-
-
-@pytest.mark.parametrize("sampler, order", [("euler", 1), ("heun", 2)])
-@pytest.mark.parametrize("shift", [1.0, 2.0])
-def test_order_of_convergence_on_a_gaussian(sampler, order, shift):
-    noise, labels = torch.linspace(-2, 2, 12).view(2, 1, 2, 3), torch.zeros(2, dtype=torch.int64)
-    model = Field(field=gaussian_field(mean=0.7, std=0.4))
-    error = lambda steps: (sample(model, noise, labels, steps=steps, sampler=sampler, timestep_shift=shift)
-                           - (0.7 + 0.4 * noise)).abs().max().item()
-    errors = [error(steps) for steps in (20, 40, 80)]
-    for coarse, fine in itertools.pairwise(errors):
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.12), errors
-    assert errors[-1] < 0.02
-
-
-def test_perfect_velocity_has_no_loss():
-    latents, noise, t, labels = batch()
-    result = flow_matching_loss(Field(field=lambda x, t: latents - noise), latents, labels, noise, t)
-    assert result["mse"].abs().max() == 0 and result["cosine"].abs().max() < 1e-6
-    opposite = flow_matching_loss(Field(field=lambda x, t: noise - latents), latents, labels, noise, t)
-    torch.testing.assert_close(opposite["cosine"], torch.full((4,), 2.0))
-
 
 @pytest.mark.parametrize("size, millions, gflops", [
     ("S", 33, 6.06), ("B", 130, 23.01), ("L", 458, 80.71), ("XL", 675, 118.64)])
 def test_sizes_are_those_of_the_dit_paper(size, millions, gflops):
-    depth, hidden_size, num_heads = SIZES[size]
+    depth, width, heads = SIZES[size]
     with torch.device("meta"):  # shapes only, no memory
-        model = DiT(input_size=(32, 32), patch_size=2, in_channels=4, hidden_size=hidden_size, depth=depth,
-                    num_heads=num_heads, num_classes=1000, learn_sigma=True, **dict.fromkeys(SWITCHES, False))
+        model = DiT(input_size=(32, 32), patch_size=2, in_channels=4, hidden_size=width, depth=depth,
+                    num_heads=heads, num_classes=1000, learn_sigma=True,
+                    **dict.fromkeys(SWITCHES, False))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.7)
     # The paper counts a multiply-add once, and a forward only: a sixth of ours.
     assert model.flops_per_image() / 6e9 == pytest.approx(gflops, rel=0.01)
@@ -224,25 +281,12 @@ def test_flops_are_three_times_the_counted_forward(on, patch_size):
     assert model.flops_per_image() == 3 * products
 
 
-def test_nano_is_small_and_deep_enough_for_repa():
-    depth, hidden_size, num_heads = SIZES["nano"]
-    assert depth == 12 and hidden_size % num_heads == 0 and hidden_size <= 128
-
-
 def test_logit_normal_times():
-    draw = lambda: logit_normal_t(20000, mean=0.5, std=2.0, generator=torch.Generator().manual_seed(3))
-    t = draw()
+    rng = torch.Generator().manual_seed(3)
+    t = logit_normal_t(20000, mean=0.5, std=2.0, generator=rng)
     assert t.dtype == torch.float32 and 0 < t.min() and t.max() < 1
-    assert torch.equal(t, draw())
-    assert torch.logit(t).mean() == pytest.approx(0.5, abs=0.06) and torch.logit(t).std() == pytest.approx(2.0, abs=0.05)
-
-
-def test_rope_sees_only_relative_positions():
-    torch.manual_seed(0)
-    rope, (q, k) = dit.Rope2d(3, 5, 8), torch.randn(2, 8)
-    logits = (rope(q.expand(1, 1, 15, 8)) @ rope(k.expand(1, 1, 15, 8)).mT).view(3, 5, 3, 5)
-    torch.testing.assert_close(logits[:2, :4, :2, :4], logits[1:, 1:, 1:, 1:])  # both tokens one down and one right
-    assert (logits[0, 0, 0, 1] - logits[0, 0, 1, 0]).abs() > 1e-3  # a step along a row is not a step down a column
+    assert torch.logit(t).mean() == pytest.approx(0.5, abs=0.06)
+    assert torch.logit(t).std() == pytest.approx(2.0, abs=0.05)
 
 
 @pytest.mark.parametrize("rmsnorm", [True, False])
@@ -276,11 +320,11 @@ def test_every_parameter_gets_a_gradient(switches):
     result = flow_matching_loss(model, latents, labels, noise, t, drop=drop, hidden_layer=1)
     result["loss"].backward()
     assert result["hidden"].shape == (4, 16, 32)
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
-    drowsy = small(awake=False, **dict(zip(SWITCHES, switches)))  # DDP asks for it from the very first step
-    flow_matching_loss(drowsy, latents, labels, noise, t)["loss"].backward()
-    assert all(p.grad is not None for p in drowsy.parameters())
+    fresh = small(awake=False, **dict(zip(SWITCHES, switches)))  # DDP needs them at the first step
+    flow_matching_loss(fresh, latents, labels, noise, t)["loss"].backward()
+    assert all(p.grad is not None for p in fresh.parameters())
 
 
 def test_hidden_layers_are_the_residual_stream():
@@ -296,13 +340,15 @@ def test_hidden_layers_are_the_residual_stream():
 def test_dropped_labels_are_the_null_class():
     model, (latents, _, t, labels) = small(), batch()
     drop = torch.tensor([True, False, True, False])
-    dropped, kept = model(latents, t, labels, drop=drop), model(latents, t, labels)
+    dropped, labelled = model(latents, t, labels, drop), model(latents, t, labels)
     assert torch.equal(dropped, model(latents, t, torch.where(drop, 5, labels)))
-    assert torch.equal(dropped[1::2], kept[1::2]) and (dropped[::2] - kept[::2]).abs().max() > 1e-3
+    torch.testing.assert_close(dropped[1::2], labelled[1::2])
+    assert (dropped[::2] - labelled[::2]).abs().max() > 1e-3
 
 
 def test_a_patch_returns_to_its_place_on_a_non_square_grid():
-    model = small(awake=False, input_size=(4, 8), patch_size=2)  # the blocks are still the identity: no mixing of tokens
+    # In a fresh model the blocks are the identity: tokens do not mix.
+    model = small(awake=False, input_size=(4, 8), patch_size=2)
     nn.init.normal_(model.final_layer.linear.weight)
     latents, _, t, labels = batch(2, (3, 4, 8))
     before = model(latents, t, labels)
@@ -311,21 +357,15 @@ def test_a_patch_returns_to_its_place_on_a_non_square_grid():
     assert changed[0, :, 2:4, 4:6].all() and changed.sum() == 3 * 2 * 2
 
 
-def test_neighbouring_pixels_of_a_patch_keep_their_order():
-    """With patch 2 the final linear's rows run over (row in patch, column in patch, channel)."""
-    model, (latents, _, t, labels) = small(awake=False, patch_size=2), batch()
-    with torch.no_grad():
-        model.final_layer.linear.bias.copy_(torch.arange(12.0))
-    expected = torch.arange(12.0).view(2, 2, 3).permute(2, 0, 1).repeat(1, 2, 2)
-    assert torch.equal(model(latents, t, labels)[0], expected)
-
-
 @pytest.mark.parametrize("num_classes", [1, 7])
 def test_any_number_of_classes_trains_and_samples(num_classes):
-    model, (latents, noise, t, labels) = small(num_classes=num_classes, input_size=(2, 6)), batch(4, (3, 2, 6), num_classes)
-    flow_matching_loss(model, latents, labels, noise, t, drop=torch.ones(4, dtype=torch.bool))["loss"].backward()
+    model = small(num_classes=num_classes, input_size=(2, 6))
+    latents, noise, t, labels = batch(4, (3, 2, 6), num_classes)
+    drop = torch.ones(4, dtype=torch.bool)
+    flow_matching_loss(model, latents, labels, noise, t, drop=drop)["loss"].backward()
     grad = model.y_embedder.embedding_table.weight.grad
-    assert grad.shape == (num_classes + 1, 32) and grad[-1].abs().sum() > 0 and grad[:-1].abs().sum() == 0
+    assert grad.shape == (num_classes + 1, 32)
+    assert grad[-1].abs().sum() > 0 and grad[:-1].abs().sum() == 0
     assert sample(model, noise, labels, steps=2, cfg_scale=3.0).isfinite().all()
 
 
@@ -337,18 +377,20 @@ def test_bf16_autocast_stays_close_and_keeps_losses_in_fp32(recwarn):
         latents = sample(model, noise, labels, steps=2, cfg_scale=2.0)
     result["loss"].backward()
     assert {value.dtype for value in (*result.values(), latents)} == {torch.float32}
-    assert result["loss"].item() == pytest.approx(exact.item(), rel=0.02) and latents.isfinite().all()
+    assert result["loss"].item() == pytest.approx(exact.item(), rel=0.02)
+    assert latents.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-    assert not [str(w.message) for w in recwarn if "dtype" in str(w.message)]  # no norm off the fused path
+    assert not [w for w in recwarn if "dtype" in str(w.message)]  # every norm takes the fused path
 
 
 def test_nothing_is_read_back_from_the_device():
-    """Meta tensors hold no values: reading one (a host sync, on a GPU) raises, and so does a tensor made on the CPU."""
+    """Meta tensors hold no values: reading one raises, and so does mixing them with CPU tensors."""
     with torch.device("meta"):
         model = small(patch_size=2)
     latents, noise, t, labels = (tensor.to("meta") for tensor in batch())
-    flow_matching_loss(model, latents, labels, noise, t, drop=labels > 2, hidden_layer=[1, 2])["loss"].backward()
-    settings = dict(steps=3, sampler="heun", cfg_scale=2.0, cfg_interval=(0.1, 0.8), timestep_shift=0.5)
+    options = dict(drop=labels > 2, hidden_layer=[1, 2])
+    flow_matching_loss(model, latents, labels, noise, t, **options)["loss"].backward()
+    settings = dict(steps=3, sampler="heun", cfg_scale=2.0, cfg_interval=(0.1, 0.8))
     assert sample(model, noise, labels, **settings).device.type == "meta"
     assert logit_normal_t(4, device="meta").device.type == "meta"
 
@@ -363,17 +405,18 @@ def test_checkpointed_gradients_are_the_same():
         flow_matching_loss(model, latents, labels, noise, t, hidden_layer=1)["loss"].backward()
         grads.append([p.grad for p in model.parameters()])
         assert len(blocks) == 1 + grad_checkpoint
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
 
 
 def test_compiles_into_one_graph():
     model, (latents, noise, t, labels) = small(depth=1), batch()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     drop = torch.tensor([True, False, True, False])
-    out, hidden = compiled(latents, t, labels, hidden_layer=1, drop=drop)
-    torch.testing.assert_close(out, model(latents, t, labels, drop=drop))
-    torch.testing.assert_close(sample(compiled, noise, labels, steps=2, cfg_scale=2.0),
-                               sample(model, noise, labels, steps=2, cfg_scale=2.0))
+    out, _ = compiled(latents, t, labels, drop, 1)
+    torch.testing.assert_close(out, model(latents, t, labels, drop))
+    a, b = (sample(net, noise, labels, steps=2, cfg_scale=2.0) for net in (compiled, model))
+    torch.testing.assert_close(a, b)
 
 
 # ---- Promises of the sampler ----
@@ -383,33 +426,28 @@ def test_samples_do_not_depend_on_the_batch_they_are_in():
     settings = dict(steps=5, sampler="heun", cfg_scale=2.5, cfg_interval=(0.2, 0.9))
     together = sample(model, noise, labels, **settings)
     assert torch.equal(together, sample(model, noise, labels, **settings))
-    apart = torch.cat([sample(model, noise[part], labels[part], **settings) for part in (slice(0, 1), slice(1, 6))])
-    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    first = sample(model, noise[:1], labels[:1], **settings)
+    rest = sample(model, noise[1:], labels[1:], **settings)
+    torch.testing.assert_close(together, torch.cat([first, rest]), rtol=1e-4, atol=1e-5)
     assert not together.requires_grad
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_interval_saves_model_rows(sampler):
-    noise, labels, model = torch.randn(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64), Field(field=lambda x, t: -x)
-    sample(model, noise, labels, steps=10, sampler=sampler, cfg_scale=2.0, cfg_interval=(0.3, 0.7))
-    rows = {time: len(x) for x, time in zip(model.states, model.times)}
-    assert {round(time, 3): count for time, count in rows.items() if count == 6}.keys() == {0.3, 0.4, 0.5, 0.6, 0.7}
+    noise, labels = torch.randn(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    model = Field(field=lambda x, t: -x)
+    sample(model, noise, labels, 10, sampler, cfg_scale=2.0, cfg_interval=(0.3, 0.7))
+    rows = {round(time, 3): len(x) for x, time in zip(model.states, model.times)}
+    assert {time for time, count in rows.items() if count == 6} == {0.3, 0.4, 0.5, 0.6, 0.7}
     assert set(rows.values()) == {3, 6}
-    unguided = Field(field=lambda x, t: -x)
-    sample(unguided, noise, labels, steps=10, sampler=sampler, cfg_interval=(0.3, 0.7))
-    assert {len(x) for x in unguided.states} == {3}
 
 
 def test_guidance_asks_for_the_null_class():
-    asked = []
-
-    class Spy(Field):
-        def forward(self, x, t, y, drop=None):
-            asked.append(y.tolist())
-            return super().forward(x, t, y)
-
-    sample(Spy(field=lambda x, t: x), torch.randn(2, 1, 2, 2), torch.tensor([3, 1]), steps=1, cfg_scale=0.0)
-    assert asked == [[3, 1, 5, 5]]
+    model = Field(field=lambda x, t: x)
+    noise, labels = torch.randn(2, 1, 2, 2), torch.tensor([3, 1])
+    sample(model, noise, labels, steps=1, cfg_scale=0.0)
+    sample(model, noise, labels, steps=1, cfg_scale=1.0)
+    assert model.labels == [[3, 1, 5, 5], [3, 1]]
 
 
 # ---- Errors, and the example on the first page ----
@@ -428,28 +466,30 @@ def test_sizes_that_do_not_divide_are_refused(overrides, message):
     (dict(x=torch.zeros(2, 4, 4, 4)), r"built for \(B, 3, 4, 4\)"),
     (dict(x=torch.zeros(2, 3, 4, 8)), r"latents of shape \(2, 3, 4, 8\)"),
     (dict(x=torch.zeros(3, 4, 4)), r"latents of shape \(3, 4, 4\)"),
-    (dict(y=torch.zeros(3, dtype=torch.int64)), r"y \(3,\) must have shape \(2,\)"),
+    (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels \(3,\) must have shape \(2,\)"),
     (dict(t=torch.zeros(())), r"t \(\) and"),
-    (dict(hidden_layer=3), r"hidden_layer \(3,\) is outside .* from 1 to 2"),
-    (dict(hidden_layer=[0, 1]), r"hidden_layer \(0, 1\) is outside"),
+    (dict(hidden_layer=3), r"hidden_layer \[3\] is not in 1..2"),
+    (dict(hidden_layer=[0, 1]), r"hidden_layer \[0, 1\] is not in"),
 ])
 def test_wrong_inputs_are_refused(change, message):
-    inputs = dict(x=torch.zeros(2, 3, 4, 4), t=torch.zeros(2), y=torch.zeros(2, dtype=torch.int64))
+    labels = torch.zeros(2, dtype=torch.int64)
+    inputs = dict(x=torch.zeros(2, 3, 4, 4), t=torch.zeros(2), labels=labels) | change
     with pytest.raises(ValueError, match=message):
-        small()(**{**inputs, **change})
+        small()(**inputs)
 
 
 @pytest.mark.parametrize("settings, message", [
     (dict(sampler="dopri5"), 'unknown sampler "dopri5"'),
     (dict(steps=0), "need steps >= 1"),
-    (dict(timestep_shift=0.0), "a shift > 0"),
+    (dict(timestep_shift=-0.1), "a shift > 0"),
     (dict(cfg_interval=(0.8, 0.2)), r"cfg_interval \(0.8, 0.2\)"),
 ])
 def test_wrong_sampler_settings_are_refused(settings, message):
+    noise, labels = torch.zeros(1, 3, 4, 4), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
-        sample(small(), torch.zeros(1, 3, 4, 4), torch.zeros(1, dtype=torch.int64), **settings)
+        sample(small(), noise, labels, **settings)
 
 
 def test_the_example_in_the_docstring_runs():
     result = doctest.testmod(dit)
-    assert result.attempted >= 8 and result.failed == 0
+    assert result.attempted >= 7 and result.failed == 0

@@ -1,5 +1,6 @@
-"""repa.py against the public implementations (golden vectors), against closed forms, and against its own promises."""
+"""repa.py against public implementations (golden vectors), closed forms, and its own promises."""
 import inspect
+import itertools
 import textwrap
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import repa
-from repa import (IMAGENET_MEAN, IMAGENET_STD, SIZES, Classifier, DINOv2, SwiGLU, alignment_loss, cknna, dinov2_from_state,
-                  dinov2_url, hsic, make_projector, teacher_images, token_similarity)
+from repa import (IMAGENET_MEAN, IMAGENET_STD, SIZES, Aligned, Classifier, DINOv2, SwiGLU, accuracy,
+                  alignment_loss, cknna, dinov2_from_state, dinov2_url, hsic, load_dinov2,
+                  make_projector, teacher_images, token_similarity, train_classifier)
 
 GOLDEN_TEACHERS = ["repa_dinov2", "repa_dinov2_reg"]
 
@@ -16,7 +18,7 @@ GOLDEN_TEACHERS = ["repa_dinov2", "repa_dinov2_reg"]
 def tiny(seed=0, **options):
     """A DINOv2 of 2 blocks, 32 wide, in which every weight has a value."""
     torch.manual_seed(seed)
-    model = DINOv2(**{**dict(dim=32, depth=2, heads=2, side=4), **options})
+    model = DINOv2(**{**dict(depth=2, dim=32, heads=2, side=4), **options})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -52,37 +54,32 @@ def test_the_teacher_resamples_positions_as_the_public_repa_code_does(golden, na
     golden.close(model.features(x, (5, 5)), case.outputs["resampled/x_norm_patchtokens"])
 
 
-def test_positions_of_a_grid_that_is_not_square_but_as_large():
-    model = tiny()
-    assert model.positions(4, 4, antialias=False) is model.pos_embed
-    for antialias in (True, False):
-        table = model.positions(2, 8, antialias)
-        assert table.shape == model.pos_embed.shape and not torch.equal(table, model.pos_embed)
-        assert torch.equal(table[:, 0], model.pos_embed[:, 0])
-
-
-@pytest.mark.parametrize("options", [{}, {"registers": 4}, {"swiglu": True}, {"patch": 8, "side": 3, "registers": 2},
-                                     {"dim": 48, "depth": 11, "heads": 2}])
-def test_a_file_says_what_model_it_is(options, tmp_path):
+@pytest.mark.parametrize("options", [
+    {}, {"registers": 4}, {"swiglu": True}, {"patch": 8, "side": 3, "registers": 2},
+    {"dim": 48, "depth": 11}])
+def test_a_file_says_what_model_it_is(options, tmp_path, monkeypatch):
     model = tiny(**options)
     torch.save(model.state_dict(), tmp_path / "dinov2.pth")
-    again = dinov2_from_state(torch.load(tmp_path / "dinov2.pth", weights_only=True), heads=2)
+    monkeypatch.setitem(SIZES, "tiny", (options.get("depth", 2), options.get("dim", 32), 2))
+    again = load_dinov2(tmp_path / "dinov2.pth", tmp_path)
     images = torch.rand(2, 3, 24, 48) * 2 - 1
     assert torch.equal(again.features(images, (2, 4)), model.features(images, (2, 4)))
     assert not again.training and not any(p.requires_grad for p in again.parameters())
-    assert again.dim == model.dim and again.features(images, (2, 4)).shape == (2, 8, model.dim)
+    assert again.features(images, (2, 4)).shape == (2, 8, model.dim)
 
 
-@pytest.mark.parametrize("name, millions", list(zip(SIZES, (22.06, 86.58, 304.37, 1136.48), strict=True)))
+@pytest.mark.parametrize("name, millions", list(zip(SIZES, (22.06, 86.58, 304.37, 1136.48))))
 def test_released_sizes_are_recognised_and_weigh_what_was_published(name, millions):
-    dim, depth, heads = SIZES[name]
+    depth, dim, heads = SIZES[name]
     with torch.device("meta"):
-        released = DINOv2(dim, depth, heads, registers=4, swiglu=name.endswith("g14"))
+        released = DINOv2(depth=depth, dim=dim, heads=heads, registers=4, swiglu=name.endswith("g14"))
     state = released.state_dict()
     assert state["pos_embed"].shape == (1, 1370, dim)
     model = dinov2_from_state(state)
-    assert {block.attn.heads for block in model.blocks} == {heads} and dim // heads == 64 and model.registers == 4
-    count = sum(p.numel() for key, p in state.items() if key not in ("register_tokens", "mask_token"))
+    assert {block.attn.heads for block in model.blocks} == {heads}
+    assert dim // heads == 64 and model.registers == 4
+    uncounted = ("register_tokens", "mask_token")
+    count = sum(p.numel() for key, p in state.items() if key not in uncounted)
     assert abs(count / 1e6 - millions) < 0.006
 
 
@@ -91,7 +88,8 @@ def test_the_gate_of_swiglu_is_the_first_half():
     hidden = layer.w3.in_features
     assert hidden == 24 and SwiGLU(1536).w3.in_features == 4096
     x, weight, bias = torch.randn(2, 3, 8), layer.w12.weight, layer.w12.bias
-    gate, value = F.linear(x, weight[:hidden], bias[:hidden]), F.linear(x, weight[hidden:], bias[hidden:])
+    gate = F.linear(x, weight[:hidden], bias[:hidden])
+    value = F.linear(x, weight[hidden:], bias[hidden:])
     torch.testing.assert_close(layer(x), layer.w3(gate * torch.sigmoid(gate) * value))
 
 
@@ -99,31 +97,71 @@ def test_urls():
     root = "https://dl.fbaipublicfiles.com/dinov2"
     assert dinov2_url("dinov2_vitb14") == f"{root}/dinov2_vitb14/dinov2_vitb14_pretrain.pth"
     assert dinov2_url("dinov2_vitg14_reg") == f"{root}/dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth"
-    with pytest.raises(ValueError, match="dinov2_vits14, dinov2_vitb14"):
-        dinov2_url("dinov2_vitx14")
 
 
-def test_files_that_are_no_dinov2():
+def save_half(path):
+    torch.save(tiny().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def test_a_name_is_loaded_from_the_folder_and_failures_are_one_line(tmp_path, monkeypatch):
+    def message(name):
+        with pytest.raises(ValueError) as error:
+            load_dinov2(name, tmp_path)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "choose from dinov2_vits14, dinov2_vitb14" in message("dinov2_vitx14")
+    offline = message("dinov2_vitb14")  # see conftest.py
+    assert dinov2_url("dinov2_vitb14") in offline and str(tmp_path) in offline
+    path = tmp_path / "dinov2_vitb14_pretrain.pth"
+    save_half(path)
+    assert str(tmp_path) in message("dinov2_vitb14") and str(path) in message(path)
+    path.write_bytes(b"not a checkpoint")
+    assert str(path) in message(path)
+    torch.save([1, 2], path)
+    assert "not a DINOv2: no pos_embed" in message(path)
+    torch.save(tiny().state_dict(), path)
+    assert "no released DINOv2 has 2 blocks of width 32" in message("dinov2_vitb14")
+    monkeypatch.setitem(SIZES, "tiny", (2, 32, 2))
+    assert load_dinov2("dinov2_vitb14", tmp_path).dim == 32
+
+
+@pytest.mark.parametrize("change, cause", [
+    ({"pos_embed": None}, "AttributeError"),
+    ({"pos_embed": torch.tensor(1.0)}, "IndexError"),
+    ({"pos_embed": torch.zeros(1, 0, 32)}, "ValueError"),
+    ({"pos_embed": torch.zeros(1, 16, 32)}, "size mismatch for pos_embed"),
+    ({"register_tokens": torch.zeros(3)}, "IndexError"),
+    ({3: torch.zeros(3)}, "AttributeError"),
+    ({"norm.weight": None}, "norm.weight"),
+    ({"norm.weight": torch.tensor(1.0)}, "size mismatch for norm.weight"),
+    ({"norm.weight": torch.zeros(32, dtype=torch.long)}, "norm.weight"),
+    ({"head.bias": torch.zeros(5)}, 'Unexpected key.*"head.bias"'),
+    ({"patch_embed.proj.weight": torch.tensor(1.0)}, "ValueError"),
+])
+def test_damaged_states_are_refused_in_one_line(change, cause, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", (2, 32, 2))
+    path = tmp_path / "damaged.pth"
+    torch.save(tiny().state_dict() | change, path)
+    with pytest.raises(ValueError, match=f"cannot load DINOv2 from {path}.*{cause}") as error:
+        load_dinov2(path, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_states_that_lack_a_key_are_refused():
     state = tiny().state_dict()
-    with pytest.raises(ValueError, match="has no pos_embed"):
+    with pytest.raises(ValueError, match="not a DINOv2: no pos_embed"):
         dinov2_from_state({"teacher": state})
-    with pytest.raises(ValueError, match="2 blocks of width 32 are no released DINOv2 .*: give heads"):
-        dinov2_from_state(state)
-    with pytest.raises(ValueError, match=r"head.bias is \(5,\), expected None"):
-        dinov2_from_state(state | {"head.bias": torch.zeros(5)}, heads=2)
-    with pytest.raises(ValueError, match=r"norm.weight is \(8,\), expected \(32,\)"):
-        dinov2_from_state(state | {"norm.weight": torch.zeros(8)}, heads=2)
     del state["blocks.1.ls2.gamma"]
-    with pytest.raises(ValueError, match=r"blocks.1.ls2.gamma is None, expected \(32,\)"):
+    with pytest.raises(RuntimeError, match='Missing key.*"blocks.1.ls2.gamma"'):
         dinov2_from_state(state, heads=2)
 
 
 # ---- The teacher's input ----
 
 @pytest.mark.parametrize("image, grid, result", [
-    ((256, 256), (16, 16), (224, 224)), ((128, 128), (8, 8), (112, 112)), ((512, 512), (32, 32), (448, 448)),
-    ((32, 32), (4, 4), (56, 56)), ((64, 128), (4, 8), (56, 112)), ((48, 32), (3, 2), (42, 28)),
-    ((256, 256), (32, 32), (448, 448)),
+    ((256, 256), (16, 16), (224, 224)), ((32, 32), (4, 4), (56, 56)), ((48, 32), (3, 2), (42, 28)),
 ])
 def test_one_patch_for_each_token(image, grid, result):
     x = torch.rand(1, 3, *image) * 2 - 1
@@ -133,7 +171,7 @@ def test_one_patch_for_each_token(image, grid, result):
 
 
 def test_a_patch_of_the_teacher_stands_where_its_token_does():
-    """A teacher whose patch token is the mean of its patch: a bright place shows in the token at that place."""
+    """If a patch token is a projection of its patch, a bright patch changes the token at its place."""
     model = tiny(depth=0, side=3)
     for parameter in (model.pos_embed, model.cls_token, model.patch_embed.proj.bias):
         torch.nn.init.zeros_(parameter)
@@ -146,7 +184,7 @@ def test_a_patch_of_the_teacher_stands_where_its_token_does():
 def test_images_and_grids_that_do_not_fit():
     x = torch.zeros(1, 3, 32, 64)
     for grid in ((4, 4), (8, 4), (0, 0)):
-        with pytest.raises(ValueError, match=f"grid of {grid[0]} x {grid[1]} does not fit an image of 32 x 64"):
+        with pytest.raises(ValueError, match="does not fit an image of 32 x 64"):
             teacher_images(x, grid)
     for bad in (x[:, :1], x[0], x.to(torch.uint8)):
         with pytest.raises(ValueError, match="float images"):
@@ -158,24 +196,57 @@ def test_images_and_grids_that_do_not_fit():
 
 # ---- The classifier ----
 
+def endless_batches(seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        labels = torch.randint(2, (32,), generator=rng)
+        images = torch.rand(32, 3, 16, 16, generator=rng) - 0.5
+        images[:, 0] += (labels * 2 - 1)[:, None, None] * 0.1
+        yield images, labels
+
+
 def test_the_classifier_learns():
-    rng = torch.Generator().manual_seed(0)
-    labels = torch.randint(2, (64,), generator=rng)
-    images = torch.rand(64, 3, 16, 16, generator=rng) - 0.5
-    images[:, 0] += (labels * 2 - 1)[:, None, None] * 0.1
     torch.manual_seed(0)
     model = Classifier(2, dim=32)
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    for _ in range(25):
-        optimizer.zero_grad()
-        F.cross_entropy(model(images[:32]), labels[:32]).backward()
-        assert all(p.grad.abs().sum() > 0 for p in model.parameters())
-        optimizer.step()
-    assert (model(images[32:]).argmax(1) == labels[32:]).float().mean() > 0.9
+    before = [p.clone() for p in model.parameters()]
+    groups = [{"params": model.body.parameters()}, {"params": model.norm.parameters(), "lr": 1e-3},
+              {"params": model.head.parameters(), "lr": 2e-3}]
+    optimizer = torch.optim.AdamW(groups, lr=5e-3)
+    rates = []
+    optimizer.register_step_pre_hook(lambda *_: rates.append([g["lr"] for g in optimizer.param_groups]))
+    batches = endless_batches()
+    assert train_classifier(model, batches, optimizer, 40, "cpu") is None
+    assert all((p != old).any() for p, old in zip(model.parameters(), before))
+    assert accuracy(model, itertools.islice(batches, 2)) > 0.9
+    rates = torch.tensor(rates)
+    torch.testing.assert_close(rates.amax(0), torch.tensor([5e-3, 1e-3, 2e-3]))
+    assert rates[:, 0].argmax() == 3 and rates[0, 0] < 2e-3 and rates[-1, 0] < 2e-4
+    assert (rates[4:].diff(dim=0) < 0).all()
+    uneven = [next(batches), tuple(x[:1] for x in next(batches))]
+    correct = sum((model(images).argmax(1) == labels).sum().item() for images, labels in uneven)
+    assert accuracy(model, iter(uneven)) == correct / 33
 
 
-@pytest.mark.parametrize("image, grid", [((32, 32), (8, 8)), ((32, 32), (4, 4)), ((32, 32), (16, 16)), ((64, 32), (6, 3)),
-                                         ((30, 50), (3, 5))])
+def test_random_shifts():
+    images = torch.rand(2, 3, 24, 21)
+    padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
+    windows = padded.unfold(2, 24, 1).unfold(3, 21, 1)  # (2, 3, 5, 5, 24, 21), all possible shifts
+    counts = torch.zeros(5, 5)
+    for _ in range(300):
+        shifted = repa.random_shift(images)[:, :, None, None]
+        counts += (windows == shifted).all(-1).all(-1).all(0).all(0)
+    assert counts.sum() == 300 and counts.min() > 0
+
+
+def test_a_classifier_that_diverges_says_so():
+    model = Classifier(2, dim=32)
+    torch.nn.init.constant_(model.head.weight, torch.nan)
+    with pytest.raises(FloatingPointError, match="after 2 steps: lower"):
+        train_classifier(model, endless_batches(), torch.optim.SGD(model.parameters(), 0.1), 2, "cpu")
+
+
+@pytest.mark.parametrize("image, grid", [
+    ((32, 32), (8, 8)), ((32, 32), (4, 4)), ((32, 32), (16, 16)), ((64, 32), (6, 3)), ((30, 50), (3, 5))])
 def test_features_stand_on_the_token_grid(image, grid):
     torch.manual_seed(0)
     model, images = Classifier(5, dim=64), torch.rand(2, 3, *image) * 2 - 1
@@ -215,15 +286,30 @@ def test_projector_loss_and_gradient_are_the_public_ones(golden):
 
 
 def test_public_projector_keys_load(golden):
-    state = {k.removeprefix("projectors.0."): v for k, v in golden("dit_full").sd.items() if k.startswith("projectors.0.")}
+    weights, prefix = golden("dit_full").sd, "projectors.0."
+    state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     make_projector(64, 24, width=32).load_state_dict(state, strict=True)
     assert make_projector(8, 4)[2].weight.shape == (2048, 2048)
+
+
+def test_aligned_projects_the_hidden_state():
+    def model(x, y, hidden_layer):
+        return x + y, x * hidden_layer
+
+    class Model(torch.nn.Module):
+        forward = staticmethod(model)
+
+    projector = make_projector(8, 4, width=16)
+    x = torch.randn(2, 5, 8)
+    output, projected = Aligned(Model(), projector)(x, y=1, hidden_layer=3)
+    assert torch.equal(output, x + 1) and torch.equal(projected, projector(3 * x))
 
 
 def test_loss_of_known_directions():
     x = torch.randn(2, 5, 8)
     y = torch.stack((-x[..., 1], x[..., 0]), -1)
-    for a, b, value in ((x, 3 * x, -1.0), (x, -x, 1.0), (x[..., :2], y, 0.0), (x, torch.zeros_like(x), 0.0)):
+    cases = [(x, 3 * x, -1.0), (x, -x, 1.0), (x[..., :2], y, 0.0), (x, torch.zeros_like(x), 0.0)]
+    for a, b, value in cases:
         torch.testing.assert_close(alignment_loss(a, b), torch.tensor(value), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=r"\(2, 5, 8\) and teacher features \(2, 4, 8\)"):
         alignment_loss(x, x[:, :4])
@@ -238,20 +324,24 @@ def test_loss_in_half_precision_is_that_of_the_rounded_inputs(dtype):
     assert torch.equal(loss, alignment_loss(a.float(), b.float()))
 
 
-def test_everything_runs_under_bf16_autocast_and_in_bf16():
+@pytest.mark.parametrize("make", [lambda: tiny(registers=2), lambda: Classifier(3, dim=32)])
+def test_everything_runs_under_bf16_autocast_and_in_bf16(make):
     torch.manual_seed(0)
-    images, hidden = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 16, 8, requires_grad=True)
-    for teacher in (tiny(registers=2), Classifier(3, dim=32)):
-        exact, projector = teacher.features(images, (4, 4)), make_projector(8, teacher.dim, width=16)
-        with torch.autocast("cpu", torch.bfloat16):
-            features = teacher.features(images, (4, 4))
-            loss = alignment_loss(projector(hidden), features)
-        loss.backward()
-        assert loss.dtype == features.dtype == torch.float32 and hidden.grad.isfinite().all()
-        assert F.cosine_similarity(features, exact, dim=-1).min() > 0.99
-    half = tiny(registers=2).bfloat16().features(images, (4, 4))
-    assert half.dtype == torch.bfloat16
-    assert F.cosine_similarity(half.float(), tiny(registers=2).features(images, (4, 4)), dim=-1).min() > 0.98
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    hidden = torch.randn(2, 16, 8, requires_grad=True)
+    teacher = make()
+    exact = teacher.features(images, (4, 4))
+    projector = make_projector(8, teacher.dim, width=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = teacher.features(images, (4, 4))
+        loss = alignment_loss(projector(hidden), features)
+    loss.backward()
+    assert loss.dtype == features.dtype == torch.float32 and hidden.grad.isfinite().all()
+    assert F.cosine_similarity(features, exact, dim=-1).min() > 0.99
+    if isinstance(teacher, DINOv2):
+        half = teacher.bfloat16().features(images, (4, 4))
+        assert half.dtype == torch.bfloat16
+        assert F.cosine_similarity(half.float(), exact, dim=-1).min() > 0.98
 
 
 # ---- Probes ----
@@ -262,8 +352,9 @@ def test_everything_runs_under_bf16_autocast_and_in_bf16():
 def test_cknna_is_the_public_one(golden, topk, unbiased, normalised):
     case = golden("repa_cknna")
     a, b = (F.normalize(case.inputs[k], dim=-1) if normalised else case.inputs[k] for k in "AB")
-    name = f"cknna_{'normalized_' * normalised}top{topk}_{'unbiased' if unbiased else 'biased'}"
-    expected = case.outputs[name].item()
+    prefix = "normalized_" if normalised else ""
+    suffix = "unbiased" if unbiased else "biased"
+    expected = case.outputs[f"cknna_{prefix}top{topk}_{suffix}"].item()
     assert cknna(a, b, topk, unbiased) == pytest.approx(expected, abs=1e-6)
     assert cknna(b, a, topk, unbiased) == pytest.approx(expected, abs=0.01 if unbiased else 1e-6)
     if (topk, unbiased) == (10, True):
@@ -276,15 +367,6 @@ def test_hsic_is_the_public_one(golden, unbiased):
     K, L = (case.inputs[k].double() @ case.inputs[k].double().T for k in "AB")
     expected = case.outputs["hsic_unbiased" if unbiased else "hsic_biased"]
     assert hsic(K, L, unbiased).item() == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_hsic_of_matrices_that_are_not_symmetric():
-    n, (K, L) = 6, torch.randn(2, 6, 6, dtype=torch.float64)
-    H = torch.eye(n, dtype=torch.float64) - 1 / n
-    torch.testing.assert_close(hsic(K, L, unbiased=False), torch.trace(K @ H @ L @ H))
-    K, L = (matrix * (1 - torch.eye(n)) for matrix in (K, L))
-    value = torch.trace(K @ L) + K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 * (K @ L).sum() / (n - 2)
-    torch.testing.assert_close(hsic(K, L), value / (n * (n - 3)))
 
 
 def test_cknna_of_equal_turned_and_unrelated_features():
@@ -311,16 +393,19 @@ def test_cknna_that_cannot_be():
 def test_similarity_to_the_final_state_of_this_and_of_the_next_token():
     torch.manual_seed(0)
     final = torch.randn(3, 6, 8)
-    ahead = torch.cat([final[:, 1:], torch.randn(3, 1, 8)], dim=1)  # already is what the next token will become
-    other = torch.randn(3, 6, 8)
-    states = [5 * ahead, other.bfloat16(), -final, final]
+    ahead = torch.cat([final[:, 1:], torch.randn(3, 1, 8)], dim=1)  # the next token's final state
+    other = torch.randn(3, 6, 8).bfloat16()
+    states = [5 * ahead, other, -final, final]
     sts, nts = token_similarity(states, 0), token_similarity(states, 1)
     assert sts[3] == pytest.approx(1.0, abs=1e-6) and sts[2] == pytest.approx(-1.0, abs=1e-6)
     assert nts[0] == pytest.approx(1.0, abs=1e-6) and sts[0] < 0.5
-    other = other.bfloat16().float()
-    assert sts[1] == pytest.approx(F.cosine_similarity(other, final, dim=-1).mean().item(), abs=1e-6)
-    assert nts[1] == pytest.approx(F.cosine_similarity(other[:, :-1], final[:, 1:], dim=-1).mean().item(), abs=1e-6)
-    assert nts[3] == pytest.approx(F.cosine_similarity(final[:, :-1], final[:, 1:], dim=-1).mean().item(), abs=1e-6)
+
+    def mean_cosine(a, b):
+        return F.cosine_similarity(a.float(), b, dim=-1).mean().item()
+
+    assert sts[1] == pytest.approx(mean_cosine(other, final), abs=1e-6)
+    assert nts[1] == pytest.approx(mean_cosine(other[:, :-1], final[:, 1:]), abs=1e-6)
+    assert nts[3] == pytest.approx(mean_cosine(final[:, :-1], final[:, 1:]), abs=1e-6)
 
 
 def test_states_that_do_not_fit():

@@ -1,6 +1,9 @@
 """tokenizer.py against the public tokenizers, losses and LPIPS, and the promises of its docstrings."""
+import hashlib
+import json
 import math
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torchvision import models
 
-from tokenizer import (LPIPS, QUANTIZERS, DiagonalGaussian, PatchDiscriminator, Tokenizer, adversarial_loss, discriminator_loss,
-                       psnr, reconstruction_loss)
+import tokenizer
+from tokenizer import (LPIPS, QUANTIZERS, DiagonalGaussian, PatchDiscriminator, Tokenizer, adversarial_loss,
+                       discriminator_layers, discriminator_loss, load_lpips, psnr, published,
+                       reconstruction_loss, released_arguments, released_weights)
 
+PIPELINES = Path(__file__).parent / "golden" / "pipelines"
 SMALL = dict(hidden=32, multipliers=(1, 1), num_res_blocks=1)
 
 
@@ -24,7 +30,7 @@ def from_golden(g, quantizer, **kwargs):
 
 
 def procedural(shapes, salt):
-    """The golden vectors' rule for the weights of nets too big to store: normal draws seeded by each key's CRC."""
+    """Weights by the golden vectors' rule for large nets: normal draws seeded by each key's CRC."""
     weights = {}
     for key, shape in shapes.items():
         n = np.random.default_rng(zlib.crc32((salt + key).encode())).standard_normal(shape)
@@ -36,6 +42,12 @@ def procedural(shapes, salt):
             n = 0.1 * n + (key.endswith("weight"))
         weights[key] = torch.from_numpy(np.asarray(n, dtype=np.float32))
     return weights
+
+
+def backbone_of(net, salt):
+    with torch.device("meta"):
+        state = {"vgg": models.vgg16, "alex": models.alexnet}[net]().state_dict()
+    return procedural({k: tuple(v.shape) for k, v in state.items() if k.startswith("features.")}, salt)
 
 
 def check_train_step(golden, model, g):
@@ -60,7 +72,7 @@ def test_ifsq_equals_public_code(golden):
     z, indices = model.encode(g.inputs["x"])
     golden.close(z, g.outputs["sample"])
     assert torch.equal(indices, g.outputs["indices"][..., 0])
-    golden.close(model.quantize.codes(indices), g.outputs["codes"])
+    golden.close(model.latents_of(indices), g.outputs["codes"])
     golden.close(model.decode(z), g.outputs["decode"])
     golden.close(model.decode_indices(indices), g.outputs["decode_code"])
     golden.close(model(g.inputs["x"])[0], g.outputs["forward"])
@@ -74,7 +86,8 @@ def test_vq_equals_public_code(golden):
     golden.close(z, g.outputs["sample"])
     assert torch.equal(indices.flatten(), g.outputs["indices"])
     golden.close(loss, g.outputs["codebook_loss"])
-    golden.close(model.quantize.codes(indices), g.outputs["codebook_entry"])
+    golden.close(model.latents_of(indices), g.outputs["codebook_entry"])
+    assert model.levels == [48] and model.latent_dim == 4
     golden.close(model.decode_indices(indices), g.outputs["decode"])
     check_train_step(golden, model, g)
 
@@ -149,10 +162,7 @@ def test_gan_losses_equal_public_code(golden):
 @pytest.mark.parametrize("net", ["vgg", "alex"])
 def test_lpips_equals_the_published_package(golden, net):
     g = golden(f"lpips_{net}")
-    with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in {"vgg": models.vgg16, "alex": models.alexnet}[net]().state_dict().items()}
-    backbone = procedural({k: v for k, v in shapes.items() if k.startswith("features.")}, g.meta["salt"])
-    lpips = LPIPS(net, backbone, g.sd)
+    lpips = LPIPS(net, backbone_of(net, g.meta["salt"]), g.sd)
     x, y = g.inputs["x"], g.inputs["y"].requires_grad_()
     distance = lpips(x, y)
     golden.close(distance, g.outputs["lpips"].flatten(), 1e-6)
@@ -187,7 +197,9 @@ def test_every_bottleneck_trains_and_round_trips(quantizer):
         with pytest.raises(ValueError, match="continuous"):
             model.decode_indices(torch.zeros(1, 8, 8, dtype=torch.int64))
         return
-    assert indices.shape == (2, 8, 12) and indices.dtype == torch.int64 and indices.max() < math.prod(model.levels)
+    assert indices.shape == (2, 8, 12) and indices.dtype == torch.int64
+    assert indices.max() < math.prod(model.levels)
+    assert model.latents_of(indices).shape == z.shape == (2, model.latent_dim, 8, 12)
     torch.testing.assert_close(model.decode_indices(indices), model.decode(z))
     assert model.bits_per_image(16, 24) == pytest.approx(96 * sum(math.log2(level) for level in model.levels))
 
@@ -210,7 +222,7 @@ def test_alpha_is_the_only_difference_between_fsq_and_ifsq():
 
 
 def test_vq_searches_in_parts(monkeypatch):
-    """A codebook of 17^4 against a large batch must not need a full distance table, and the parts must not matter."""
+    """The table of distances is made in parts, which must not matter."""
     torch.manual_seed(2)
     model = Tokenizer("vq", [4] * 2, codebook_size=2**20, **SMALL)
     pre = torch.randn(1, 2, 7, 7) / 2**20
@@ -220,13 +232,201 @@ def test_vq_searches_in_parts(monkeypatch):
     torch.testing.assert_close(chosen, table.min(1).values, rtol=0, atol=1e-9)
 
 
-def test_errors_name_the_cause():
-    for call, words in [
-        (lambda: Tokenizer("lfq"), "quantizer must be one of"),
-        (lambda: Tokenizer(hidden=16, multipliers=(1,)), "multiples of 32"),
-        (lambda: Tokenizer("vq", [65] * 6), "too large"),
-        (lambda: Tokenizer(levels=[1, 5], **SMALL), "at least 2"),
-        (lambda: Tokenizer(**SMALL)(torch.zeros(1, 3, 16, 15)), "multiples of 2"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            call()
+@pytest.mark.parametrize("arguments, words", [
+    (dict(quantizer="lfq"), "quantizer must be one of"),
+    (dict(hidden=24, multipliers=(1, 2)), r"\(24, \[24, 48\]\) must be multiples of num_groups \(32\)"),
+    (dict(quantizer="vq", levels=[65] * 6), "2 to 2.24 vectors"),
+    (dict(quantizer="vq", codebook_size=1), "2 to 2.24 vectors, not 1"),
+    (dict(quantizer="vq", codebook_size=0), "2 to 2.24 vectors, not 0"),
+    (dict(levels=[1, 5]), "at least 2"),
+    (dict(alpha=0), "alpha"),
+])
+def test_arguments_that_do_not_fit_are_refused(arguments, words):
+    with torch.device("meta"), pytest.raises(ValueError, match=words):
+        Tokenizer(**{**SMALL, **arguments})
+
+
+def test_image_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="multiples of 2, got 16 x 15"):
+        Tokenizer(**SMALL)(torch.zeros(1, 3, 16, 15))
+
+
+def test_all_norms_have_the_asked_groups():
+    model = Tokenizer(hidden=16, multipliers=(1, 2), num_res_blocks=1, attn_levels=[1], num_groups=8)
+    norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.GroupNorm)]
+    assert {layer.num_groups for layer in norms} == {8} and len(norms) == 21
+    assert model(torch.zeros(1, 3, 16, 16))[0].shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("side, n_layers", [(256, 4), (48, 4), (47, 3), (24, 3), (23, 2), (12, 2)])
+def test_the_discriminator_is_as_deep_as_the_image_allows(side, n_layers):
+    assert discriminator_layers(side) == n_layers
+    logits = PatchDiscriminator(4, n_layers)(torch.zeros(1, 3, side, 2 * side))
+    assert logits.shape == (1, 1, side // 2**n_layers - 2, 2 * side // 2**n_layers - 2)
+
+
+def test_no_discriminator_for_tiny_images():
+    with pytest.raises(ValueError, match="images of 11 px"):
+        discriminator_layers(11)
+
+
+@pytest.fixture
+def published_file(tmp_path):
+    """A file that is as if published: its URL, the name that its hash gives it, and what is in it."""
+    (tmp_path / "web").mkdir()
+    weights = {"a": torch.arange(5.0)}
+    torch.save(weights, tmp_path / "web" / "weights.pth")
+    digest = hashlib.sha256((tmp_path / "web" / "weights.pth").read_bytes()).hexdigest()
+    return (tmp_path / "web" / "weights.pth").as_uri(), f"net-{digest[:8]}.pth", weights
+
+
+def test_published_weights_are_downloaded_once_and_checked_each_time(published_file, tmp_path):
+    url, name, weights = published_file
+    folder = tmp_path / "new" / "folder"
+    assert torch.equal(published(url, folder, name)["a"], weights["a"])
+    assert torch.equal(published("https://nowhere.invalid/x", folder, name)["a"], weights["a"])
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1])  # cut off
+    with pytest.raises(ValueError, match="the SHA-256 of the file there begins with"):
+        published(url, folder, name)
+
+
+@pytest.mark.parametrize("case", ["offline", "wrong file", "unreadable", "no folder"])
+def test_weights_that_cannot_be_had_are_explained_in_one_line(published_file, tmp_path, case):
+    url, name, _ = published_file
+    folder = tmp_path / "folder"
+    if case == "offline":
+        url = "https://nowhere.invalid/net.pth"
+    elif case == "wrong file":
+        name = "net-01234567.pth"
+    elif case == "unreadable":
+        folder.mkdir()
+        name = f"net-{hashlib.sha256(b'text').hexdigest()[:8]}.pth"
+        (folder / name).write_bytes(b"text")
+    else:
+        folder.write_text("a file where the folder should be")
+    with pytest.raises(ValueError) as error:
+        published(url, folder, name)
+    message = str(error.value)
+    assert name in message and url in message and str(folder) in message and "\n" not in message
+    assert not (folder / name).exists() or case == "unreadable"
+
+
+@pytest.mark.parametrize("net", ["vgg", "alex"])
+def test_lpips_takes_the_published_files(golden, monkeypatch, net):
+    g = golden(f"lpips_{net}")
+    files = {}
+
+    def from_golden(url, folder, file_name):
+        files[file_name] = url
+        return g.sd if file_name.startswith("lpips") else backbone_of(net, g.meta["salt"])
+
+    monkeypatch.setattr(tokenizer, "published", from_golden)
+    golden.close(load_lpips(net, "folder")(g.inputs["x"], g.inputs["y"]), g.outputs["lpips"].flatten(), 1e-6)
+    backbone, heads = files
+    assert files[backbone] == f"https://download.pytorch.org/models/{backbone}"
+    assert heads.startswith(f"lpips_{net}-") and files[heads].endswith(f"/lpips/weights/v0.1/{net}.pth")
+
+
+@pytest.fixture(params=["tokenizer", "tokenizer_small"])
+def pipeline(request):
+    """A checkpoint file of the public code, its config.json, and what the public code makes of it."""
+    folder = PIPELINES / request.param
+    state = torch.load(folder / "checkpoint-12.ckpt", weights_only=True)
+    weights = {
+        "ema": {k.removeprefix("module."): v for k, v in state["ema_state_dict"].items()},
+        "raw": state["state_dict"]["gen_model"],
+    }
+    with np.load(PIPELINES / f"{request.param}.npz") as arrays:
+        outputs = {k: torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith("out/")}
+    return weights, json.loads((folder / "config.json").read_text()), outputs
+
+
+@pytest.mark.parametrize("kind", ["ema", "raw"])
+@torch.no_grad()
+def test_released_tokenizer_equals_public_code(pipeline, kind):
+    weights, config, outputs = pipeline
+    arguments = released_arguments(weights[kind], config)
+    assert arguments["quantizer"] == ("ifsq" if arguments["alpha"] == 1.6 else "fsq")
+    model = Tokenizer(**arguments).eval()
+    model.load_state_dict(released_weights(weights[kind]), strict=True)
+    z, indices = model.encode(outputs["out/x"])
+    assert torch.equal(indices, outputs[f"out/{kind}/indices"][..., 0])
+    torch.testing.assert_close(model.decode(z), outputs[f"out/{kind}/recon"], atol=1e-3, rtol=0)
+    by_hand = released_arguments(weights[kind], None, arguments["levels"], arguments["alpha"])
+    assert by_hand == arguments
+
+
+def test_averaged_weights_hold_their_levels(pipeline):
+    weights, config, _ = pipeline
+    averaged = dict(weights["ema"])
+    averaged["quantize._levels"] = averaged["quantize._levels"] - 1e-4
+    assert released_arguments(averaged, alpha=1.6)["levels"] == config["levels"]
+    with pytest.raises(ValueError, match="the weights have levels"):
+        released_arguments(averaged, {**config, "levels": [5] * len(config["levels"])})
+
+
+@pytest.mark.parametrize("change, expected", [
+    (dict(act_fun="scale_sigmoid_17"), ("ifsq", 1.7, "half")),
+    (dict(act_fun="scale_sigmoid_20"), ("fsq", 2.0, "half")),
+    (dict(do_simple_bound=False), ("fsq", 2.0, "original")),
+])
+def test_slope_and_bound_come_from_the_config(pipeline, change, expected):
+    weights, config, _ = pipeline
+    arguments = released_arguments(weights["raw"], {**config, **change})
+    assert (arguments["quantizer"], arguments["alpha"], arguments["edges"]) == expected
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(act_fun=None), "act_fun None"),
+    (dict(act_fun="tanh"), "act_fun 'tanh'"),
+    (dict(levels=[5, 5]), "do not fit . latent channels"),
+    (dict(levels=None), "levels of the quantizer .*config.json.*--levels"),
+])
+def test_a_config_that_does_not_fit_is_refused(pipeline, change, words):
+    weights, config, _ = pipeline
+    with pytest.raises(ValueError, match=words):
+        released_arguments(weights["raw"], {**config, **change})
+
+
+def test_levels_and_slope_must_be_stated(pipeline):
+    weights, config, _ = pipeline
+    with pytest.raises(ValueError, match="levels of the quantizer .*config.json.*--levels"):
+        released_arguments(weights["raw"], alpha=1.6)
+    with pytest.raises(ValueError, match="slope of the quantizer .*config.json.*--alpha"):
+        released_arguments(weights["raw"], levels=config["levels"])
+
+
+def test_vq_and_vae_are_read_off_their_shapes(golden):
+    g = golden("tokenizer_vq")
+    arguments = released_arguments(g.sd)
+    assert arguments["quantizer"] == "vq" and arguments["codebook_size"] == 48
+    assert arguments["multipliers"] == [1, 1, 2] and arguments["num_res_blocks"] == 1
+    Tokenizer(**arguments).load_state_dict(g.sd, strict=True)
+    model = Tokenizer("vae", [2] * 5, hidden=64, multipliers=(1, 2), num_res_blocks=2, z_channels=3)
+    arguments = released_arguments(model.state_dict())
+    assert arguments["quantizer"] == "vae" and len(arguments["levels"]) == 5
+    assert (arguments["hidden"], arguments["z_channels"]) == (64, 3)
+
+
+@pytest.mark.parametrize("case, words", [
+    ("attention", "attn.0.k.bias is missing, unknown"),
+    ("frozen encoder", "no 'encoder.conv_in.weight'"),
+    ("LlamaGen VQ-16", "no 'encoder.down.0.block.0.conv2.weight'"),
+    ("SD-VAE", "decoder.mid.attn_1.k.bias is missing, unknown"),
+    ("other shape", "quant_conv.bias is missing, unknown or of another shape"),
+    ("nothing", "no 'encoder.conv_in.weight'"),
+])
+def test_weights_of_other_models_are_refused(golden, case, words):
+    weights = dict(golden("tokenizer_vae" if case == "attention" else "tokenizer_vq").sd)
+    if case == "frozen encoder":
+        weights = {k: v for k, v in weights.items() if not k.startswith("encoder.")}
+    elif case == "LlamaGen VQ-16":
+        weights = {k.replace(".down.", ".conv_blocks."): v for k, v in weights.items()}
+    elif case == "SD-VAE":
+        weights["decoder.mid.attn_1.k.bias"] = torch.zeros(3)
+    elif case == "other shape":
+        weights["quant_conv.bias"] = torch.zeros(7)
+    elif case == "nothing":
+        weights = {}
+    with pytest.raises(ValueError, match=words):
+        released_arguments(weights)
