@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SIZES = {  # name: (depth, width, heads); nano is ours, for a laptop, the others are DiT's
-    "nano": (12, 128, 4),
+    "nano": (12, 96, 4),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
@@ -494,7 +494,7 @@ def released_arguments(weights, heads=None, rope=None):
     """Constructor arguments of the DiT whose public state dict is `weights` (key -> tensor).
 
     weights  of github.com/Tencent-Hunyuan/iFSQ or facebookresearch/DiT, without a key prefix
-    heads    num_heads, used only if neither the weights nor SIZES tell it
+    heads    num_heads, if the weights do not tell it; None: that of SIZES for these sizes
     rope     used only if the weights have no rope buffers; None: on if QK-norm is
 
     The latent grid is taken to be square. Raises ValueError for another state dict, or if the
@@ -519,7 +519,7 @@ def released_arguments(weights, heads=None, rope=None):
         heads = hidden_size // len(weights["blocks.0.attn.q_norm.weight"])
     else:
         known = {size[:2]: size[2] for size in SIZES.values()}
-        heads = known.get((depth, hidden_size), heads)
+        heads = heads or known.get((depth, hidden_size))
     if heads is None:
         raise ValueError(f"no known DiT has {depth} layers of width {hidden_size}: give its number "
                          "of attention heads with --heads")

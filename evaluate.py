@@ -32,6 +32,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
 import time
 import uuid
@@ -39,6 +40,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -51,7 +53,8 @@ from tokenizer import Tokenizer, load_lpips, psnr, published
 from train import (BUILT_IN, CACHE, COUNT, MODELS, TASKS, WEIGHT, WHOLE, Parser, UsageError,
                    building, cached_tokens, draw_reconstructions,
                    find_images, guarded, load_checkpoint, load_codec, load_teacher, load_weights,
-                   measure_tokenizer, number, open_images, plain_args, read_file, read_image, readable,
+                   measure_tokenizer, number, open_images, plain_args, read_file, read_image,
+                   read_teacher, readable,
                    sample_pictures, seed_of, slope, spread, start_processes, to_float,
                    validate_generator)
 
@@ -154,7 +157,7 @@ def pca_floor(images, model, processes):
     batch = torch.stack([images[i][0] for i in spread(images, 2000).tolist()])
     patches = F.pixel_unshuffle(batch.double() / 255, f).movedim(1, -1).flatten(0, -2)  # (N,3ff)
     mean = patches.mean(0)
-    _, vectors = np.linalg.eigh(torch.cov(patches.T).numpy())
+    _, vectors = scipy.linalg.eigh(torch.cov(patches.T).numpy())
     basis = torch.from_numpy(vectors[:, ::-1][:, :d].copy())                           # (3ff,d)
     values = (patches - mean) @ basis                                                  # (N,d)
     levels = model.levels if model.quantizer in ("ifsq", "fsq") else None
@@ -452,13 +455,10 @@ class Judge:
 
 def find_judge(checkpoint, args, processes):
     """The Judge of a generator's samples: --judge, or the classifier that was its teacher."""
-    teacher = checkpoint.get("teacher", {})
-    if args.judge:
-        state = load_checkpoint(args.judge)
-        teacher = state if state["kind"] == "classifier" else state.get("teacher", {})
-        if teacher.get("kind") != "classifier":
-            raise UsageError(f"--judge {args.judge} holds no classifier: name the teacher/ckpt.pt "
-                             "of an aligned run")
+    teacher = read_teacher(args.judge) if args.judge else checkpoint.get("teacher", {})
+    if args.judge and teacher["kind"] != "classifier":
+        raise UsageError(f"--judge {args.judge} holds no classifier: name the teacher/ckpt.pt of an "
+                         "aligned run")
     known = set(teacher.get("classes", ()))
     if teacher.get("kind") != "classifier" or not known.issuperset(checkpoint["classes"]):
         return None
@@ -755,25 +755,22 @@ def evaluate_sets(args, processes):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), a float.
 
-    Means (C,) and covariances (C,C), float64 (Heusel et al. 2017). With sigma1 = R R^T the
-    eigenvalues of the product are those of the symmetric R^T sigma2 R. Two symmetric
-    decompositions exist also for the singular covariances of few images, where a matrix square
-    root fails.
+    Means (C,) and covariances (C,C), float64 (Heusel et al. 2017). With sigma1 = A A^T and
+    sigma2 = B B^T the last trace is the sum of the singular values of A^T B. Cholesky's
+    decomposition with pivots gives such factors also of the singular covariances of few images,
+    where a matrix square root fails.
     """
     mu1, sigma1, mu2, sigma2 = (x.double().numpy() for x in (mu1, sigma1, mu2, sigma2))
 
-    def positive(values):
-        """Which eigenvalues (ascending) are more than rounding."""
-        return values > max(values[-1], 0) * len(values) * np.finfo(values.dtype).eps
+    def factor(sigma):
+        """A (C,rank) with A A^T = sigma."""
+        lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
+        root = np.zeros((len(sigma), rank))
+        root[pivots - 1] = np.tril(lower)[:, :rank]
+        return root
 
-    values, vectors = np.linalg.eigh(sigma1)
-    keep = positive(values)
-    if not keep.any():
-        overlap = 0.0
-    else:
-        root = vectors[:, keep] * np.sqrt(values[keep])                                # (C,rank)
-        product = np.linalg.eigvalsh(root.T @ sigma2 @ root)
-        overlap = np.sqrt(product[positive(product)]).sum()
+    product = factor(sigma1).T @ factor(sigma2)
+    overlap = scipy.linalg.svdvals(product).sum() if product.size else 0.0
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
     return max(0.0, float(distance))
 
@@ -1426,8 +1423,9 @@ def parse_args(argv=None):
 
 def load_all(args):
     """{path: checkpoint}, generators with their tokenizers."""
-    overrides = {"levels": args.levels, "alpha": args.alpha, "heads": args.heads,
-                 "latent_scale": args.latent_scale}
+    overrides = {name: getattr(args, name) for name in ("levels", "alpha", "heads", "latent_scale",
+                                                        "image_size")}
+    given = [name for name in ("tokenizer", *overrides) if getattr(args, name)]
     if args.image_size:
         overrides["image_size"] = [args.image_size[0], args.image_size[-1]]
     checkpoints = {}
@@ -1442,8 +1440,20 @@ def load_all(args):
                                  "--tokenizer")
             tokenizer = load_checkpoint(args.tokenizer, "tokenizer", **overrides)
             checkpoint = with_tokenizer(path, checkpoint, tokenizer)
+        if not checkpoint["args"].get("image_size"):
+            checkpoint["args"]["image_size"] = unstated_size(path)
         checkpoints[path] = checkpoint
+    if given and not any(checkpoint.get("public") for checkpoint in checkpoints.values()):
+        raise UsageError(f"--{given[0].replace('_', '-')} is for files of the public code, and "
+                         f"{args.checkpoints[0]} says all of itself: leave it out")
     return checkpoints
+
+
+def unstated_size(path):
+    """The image size of a public file that does not say it, in pixels; prints a line."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{path}: no image size, 256 px as in the paper (--image-size)", file=sys.stderr)
+    return [256, 256]
 
 
 def with_tokenizer(path, checkpoint, tokenizer):
@@ -1452,23 +1462,31 @@ def with_tokenizer(path, checkpoint, tokenizer):
     DiT's latents are scaled as its own file says. Raises UsageError if the two do not fit.
     """
     network, codes = checkpoint["network"], tokenizer["network"]
-    f = 2 ** (len(codes["multipliers"]) - 1)
-    if "latents" in checkpoint:
-        tokenizer = {**tokenizer, "latents": checkpoint["latents"]}
+    f, args = 2 ** (len(codes["multipliers"]) - 1), checkpoint["args"]
+    size = args["image_size"]
     if checkpoint["kind"] == "llamagen":
-        grid = [side // f for side in checkpoint["args"]["image_size"]]
-        network = {**network, "grid": grid}
+        size = size or unstated_size(path)
+        network = {**network, "grid": [side // f for side in size]}
         vocabulary = math.prod(network["vocab_sizes"])
-        if vocabulary != math.prod(codes["levels"]):
-            raise UsageError(f"{path} knows {vocabulary} codes, its tokenizer "
-                             f"{math.prod(codes['levels'])}: name another --tokenizer")
+        known = codes.get("codebook_size") or math.prod(codes["levels"])
+        if codes["quantizer"] in ("vae", "ae"):
+            known = 0
+        if vocabulary != known:
+            raise UsageError(f"{path} knows {vocabulary} codes, its tokenizer {known}: name "
+                             "another --tokenizer")
+        if args["downsample"] not in (None, f):
+            raise UsageError(f"{path} was trained on latents {args['downsample']}x down, its "
+                             f"tokenizer gives {f}x: name another --tokenizer")
     else:
-        size = [side * f for side in network["input_size"]]
-        checkpoint["args"]["image_size"] = size
+        tokenizer = {**tokenizer, "latents": checkpoint["latents"]}
         if network["in_channels"] != len(codes["levels"]):
             raise UsageError(f"{path} has {network['in_channels']} channels, its tokenizer "
                              f"{len(codes['levels'])}: name another --tokenizer")
-    args = {**checkpoint["args"], "data": tokenizer["args"].get("data")}
+        stated, size = size, [side * f for side in network["input_size"]]
+        if stated and stated != size:
+            raise UsageError(f"{path} is for images of {stated} px, and makes {size} with this "
+                             "tokenizer: name another --tokenizer or --image-size")
+    args = {**args, "image_size": size, "data": tokenizer["args"].get("data")}
     return {**checkpoint, "network": network, "args": args, "tokenizer": tokenizer}
 
 
@@ -1476,15 +1494,21 @@ def probe_teacher(args, checkpoints, processes):
     """The teacher of --probe: the one named, or the first that a checkpoint was trained with."""
     known = [c["teacher"] for c in checkpoints.values() if c.get("teacher")]
     if args.repa_teacher:
-        teacher = {"kind": "dinov2", "source": args.repa_teacher}
-        if Path(args.repa_teacher).is_file() and "format" in read_file(args.repa_teacher):
-            state = load_checkpoint(args.repa_teacher)
-            teacher = state if state["kind"] == "classifier" else state.get("teacher")
-        known = [teacher] if teacher else []
+        known = [read_teacher(args.repa_teacher)]
     if not known:
         raise UsageError("--probe needs a teacher: name it with --repa-teacher, dinov2_vitb14, "
                          "the teacher/ckpt.pt of an aligned run, or a file of DINOv2")
     return load_teacher(known[0], args.pretrained, processes)
+
+
+def refuse_sampling(args):
+    """Raise UsageError for flags of a generator's samples, where there is none."""
+    for name in ("reference", "save_reference", "judge", "probe", "classes", "cfg_scale",
+                 "cfg_interval", "temperature", "top_k", "top_p", "sampler", "sample_steps",
+                 "timestep_shift"):
+        if getattr(args, name) not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')} is for the samples of generators; a "
+                             "tokenizer is measured on its own images: leave it out")
 
 
 def evaluate(args):
@@ -1500,11 +1524,9 @@ def evaluate(args):
                          used)
         if report:
             reports[name] = report
-    elif (args.reference or args.save_reference) and all(
-            c["kind"] == "tokenizer" for c in checkpoints.values()):
-        raise UsageError("--reference is for the samples of generators; a tokenizer is compared "
-                         "with its own images")
     else:
+        if all(c["kind"] == "tokenizer" for c in checkpoints.values()):
+            refuse_sampling(args)
         network, note = try_inception(args, processes)
         teacher = probe_teacher(args, checkpoints, processes) if args.probe else None
         kinds = {c["kind"] for c in checkpoints.values()} - {"tokenizer"}

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 SIZES = {  # name: (depth, width, heads), as in [1] and [2]; nano is ours, for a laptop
-    "nano": (12, 128, 4),
+    "nano": (12, 96, 4),
     "S": (12, 384, 12),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
@@ -484,7 +484,7 @@ def released_arguments(weights, heads=None):
     """Constructor arguments, except grid, of the LlamaGen whose public state dict is `weights`.
 
     weights  key -> tensor, of FoundationVision/LlamaGen or Tencent-Hunyuan/iFSQ, without a prefix
-    heads    n_head, used only if no row of SIZES has this depth and width
+    heads    n_head; None: that of the row of SIZES with this depth and width
 
     Raises ValueError for another state dict, or if the number of heads is unknown.
     """
@@ -501,7 +501,7 @@ def released_arguments(weights, heads=None):
     head_layers = {key.split(".")[1] for key in weights if key.startswith("factorized_blocks.")}
     depth, dim = len(layers), len(weights["norm.weight"])
     known = {size[:2]: size[2] for size in SIZES.values()}
-    heads = known.get((depth, dim), heads)
+    heads = heads or known.get((depth, dim))
     if heads is None:
         raise ValueError(f"no known LlamaGen has {depth} layers of width {dim}: give its number of "
                          "attention heads with --heads")

@@ -564,6 +564,13 @@ def psnr(x, y):
 # -------------------------------------------------------------------------------- released weights
 
 
+OTHER_MODELS = {  # a part of a name that tells what a file is, if it is not an iFSQ tokenizer
+    "encoder.conv_blocks.": "LlamaGen's VQ-16",
+    "encoder.down_blocks.": "SD-VAE in the names of diffusers",
+    "coder.mid.attn_1.": "SD-VAE or one like it",
+}
+
+
 def released_weights(weights):
     """The weights without the buffers of its quantizer that the public code averages as well."""
     return {name: value for name, value in weights.items() if not name.startswith("quantize._")}
@@ -576,6 +583,9 @@ def released_arguments(weights, config=None, levels=None, alpha=None):
     ValueError if they are missing or contradict the shapes, or if the weights do not fit.
     """
     shapes = {name: tuple(value.shape) for name, value in released_weights(weights).items()}
+    for part, model in OTHER_MODELS.items():
+        if any(part in name for name in shapes):
+            raise ValueError(f"this is {model}, not a tokenizer of the public iFSQ code")
     resolutions = {name.split(".")[2] for name in shapes if name.startswith("encoder.down.")}
     blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")}
     try:

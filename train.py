@@ -74,7 +74,7 @@ from tokenizer import (QUANTIZERS, PatchDiscriminator, Tokenizer, adversarial_lo
 # downsamples by f uses the first log2(f) + 1 of them.
 NETWORKS = {
     "nano": dict(image_size=[32], downsample=8, hidden=16, multipliers=[1, 2, 4, 4, 4, 4],
-                 num_res_blocks=1, num_groups=8, perceptual_weight=0.0, disc_start=-1),
+                 num_res_blocks=1, num_groups=2, perceptual_weight=0.0, disc_start=-1),
     "paper": dict(image_size=[256], downsample=16, hidden=128, multipliers=[1, 1, 2, 4, 4, 4],
                   num_res_blocks=2, num_groups=32, perceptual_weight=1.0, disc_start=50_000),
 }
@@ -82,13 +82,13 @@ NETWORKS = {
 # all other sizes.
 SCHEDULES = {
     ("tokenizer", "nano"): dict(
-        optimizer="muon", steps=900, batch_size=16, lr=0.02, weight_decay=0.0, warmup=20,
-        cooldown=0.5, grad_clip=1.0, ema_decay=0.99),
+        optimizer="muon", steps=1000, batch_size=16, lr=0.02, weight_decay=0.0, warmup=50,
+        cooldown=0.4, grad_clip=1.0, ema_decay=0.99),
     ("tokenizer", "paper"): dict(
         optimizer="adamw", steps=1_000_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0,
         cooldown=0.0, grad_clip=1.0, ema_decay=0.999),
     ("llamagen", "nano"): dict(
-        optimizer="muon", steps=400, batch_size=64, lr=0.02, weight_decay=0.05, warmup=20,
+        optimizer="muon", steps=300, batch_size=64, lr=0.02, weight_decay=0.05, warmup=20,
         cooldown=0.5, grad_clip=1.0, ema_decay=0.98, dropout=0.0, token_groups=0,
         repa_weight=2.0, repa_width=512),
     ("llamagen", "paper"): dict(
@@ -96,15 +96,16 @@ SCHEDULES = {
         cooldown=0.0, grad_clip=1.0, ema_decay=0.9999, dropout=0.1, token_groups=1,
         repa_weight=2.0, repa_width=2048),
     ("dit", "nano"): dict(
-        optimizer="muon", steps=400, batch_size=64, lr=0.02, weight_decay=0.0, warmup=20,
+        optimizer="muon", steps=300, batch_size=64, lr=0.02, weight_decay=0.0, warmup=20,
         cooldown=0.5, grad_clip=1.0, ema_decay=0.98, repa_weight=0.5, repa_width=512),
     ("dit", "paper"): dict(
         optimizer="adamw", steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0,
         cooldown=0.0, grad_clip=0.0, ema_decay=0.9999, repa_weight=0.5, repa_width=2048),
 }
+RATES = {"muon": 0.02, "adamw": 2e-3}  # for an --optimizer that is not the preset's
 BETAS = {"tokenizer": (0.9, 0.999), "llamagen": (0.9, 0.95), "dit": (0.9, 0.95)}
 CLASSIFIER = dict(optimizer="muon", steps=400, batch_size=128, lr=0.02, weight_decay=0.05)
-SIZES = {"tokenizer": list(NETWORKS), "llamagen": list(llamagen.SIZES), "dit": list(dit.SIZES)}
+SIZES = {"tokenizer": NETWORKS, "llamagen": llamagen.SIZES, "dit": dit.SIZES}
 BUILT_IN = ("shapes", "cifar10")  # the values of --data that are not folders
 KL_WEIGHT = 1e-6                  # of the vae's KL, nats an image
 DINO_PX = 128                     # the image side from which --repa-teacher auto takes DINOv2
@@ -126,7 +127,7 @@ class Shapes(Dataset):
 
     classes = ["disk", "ring", "square", "triangle", "diamond", "cross", "star", "heart",
                "crescent", "hourglass"]
-    lengths = {"train": 10_000, "val": 1_000}
+    lengths = {"train": 5_000, "val": 1_000}
 
     def __init__(self, split, image_size):
         self.split, (self.height, self.width) = split, image_size
@@ -380,7 +381,8 @@ def crop(image, size, place=(0.5, 0.5), mirror=False):
 
     Halve with a box filter while more than twice too large, resize with a bicubic one until the
     image just covers size = (H, W), and cut at `place`: (0.5, 0.5) is the centre, (0, 0) the top
-    left corner, (1, 1) the bottom right one. Only the part that is kept is resized.
+    left corner, (1, 1) the bottom right one. Of a strip as long as 64 crops, only the part that is
+    kept is resized, which differs a little near the edges.
     """
     height, width = size
     while min(image.width // width, image.height // height) >= 2:
@@ -389,7 +391,8 @@ def crop(image, size, place=(0.5, 0.5), mirror=False):
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     left = int(place[0] * (covering[0] - width + 0.999))
     top = int(place[1] * (covering[1] - height + 0.999))
-    if covering == image.size:
+    if math.prod(covering) <= 64 * height * width:
+        image = image.resize(covering, Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + width, top + height))
     else:
         across, down = image.width / covering[0], image.height / covering[1]
@@ -600,11 +603,15 @@ class TokenizerTraining:
 
         device = processes.device
         torch.manual_seed(seed_of(args.seed, -1))
-        network = tokenizer_arguments(args)
+        network, init = saved["network"] if saved else tokenizer_arguments(args), None
+        if args.init_from and not saved:
+            init = load_checkpoint(args.init_from, "tokenizer", levels=args.levels,
+                                   alpha=args.alpha)
+            network = {**init["network"], **network}
         with building("the flags"):
             self.model = Tokenizer(**network).to(device, memory_format=torch.channels_last)
-        if args.init_from:
-            load_weights(self.model, load_checkpoint(args.init_from, "tokenizer"), "ema")
+        if init:
+            load_weights(self.model, init, "ema", args.init_from)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.critic, self.lpips = None, None
         optimizer = make_optimizer(args, self.model)
@@ -1048,7 +1055,7 @@ class DiTTask:
         return codec.decode(dit.sample(model, noise.to(labels.device), labels, steps, **settings))
 
     def states(self, model, codec, tokens, labels, layers, generators):
-        """The hidden states (B,T,C) after `layers`, a list, of an image half of the way to noise."""
+        """The hidden states (B,T,C) after `layers`, a list, of an image halfway to noise."""
         x1 = codec.latents(tokens)                                                     # (B,d,h,w)
         noise = torch.stack([torch.randn(x1.shape[1:], generator=g) for g in generators])
         x_t = torch.lerp(noise.to(x1), x1, self.probe_time)
@@ -1084,16 +1091,20 @@ class GeneratorTraining:
                                2 * args.crops)
         self.val_tokens = cached_tokens(args, processes, tokenizer, self.codec, val_images, "val",
                                         1)
-        if not tokenizer.get("latents"):  # a released tokenizer
-            tokenizer = {**tokenizer, "latents": self.measure_latents()}
-            self.codec = load_codec(tokenizer, args.image_size, device)
+        init = {}
+        if args.init_from and not saved:
+            init = load_checkpoint(args.init_from, args.model, heads=args.heads,
+                                   latent_scale=args.latent_scale)
+        latents = init.get("latents") or tokenizer.get("latents") or self.measure_latents()
+        tokenizer = {**tokenizer, "latents": latents}
+        self.codec = load_codec(tokenizer, args.image_size, device)
 
         torch.manual_seed(seed_of(args.seed, -1))
         with building("the flags"):
-            network = dict(self.task.arguments(args, self.codec), num_classes=len(images.classes))
+            network = saved["network"] if saved else self.arguments(init, len(images.classes))
             self.model = MODELS[args.model](**network, grad_checkpoint=args.grad_checkpoint)
-        if args.init_from:
-            load_weights(self.model, load_checkpoint(args.init_from, args.model), "ema")
+        if init:
+            load_weights(self.model, init, "ema", args.init_from)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).to(device)
         whole = self.model.to(device)
         self.modules = {"model": self.model, "ema": self.ema}
@@ -1103,8 +1114,11 @@ class GeneratorTraining:
             self.modules["projector"] = projector.to(device)
             whole = repa.Aligned(self.model, projector)  # one module: DDP averages all gradients
         if args.fsdp:
-            processes.shard(whole, self.model)
-            processes.shard(self.ema, self.ema)
+            layers = {"llamagen": "layers", "dit": "blocks"}[args.model]
+            processes.shard(*getattr(self.model, layers), self.model)
+            processes.shard(*getattr(self.ema, layers), self.ema)
+            if teacher:
+                processes.shard(projector, whole)
         optimizer = make_optimizer(args, whole)
         self.optimizers = {"optimizer": (whole, optimizer)}
         self.network = processes.wrap(maybe_compile(args, whole))
@@ -1118,6 +1132,26 @@ class GeneratorTraining:
         processes.say(f"{args.model} {args.size}: {h} x {w} tokens of "
                       f"{self.codec.tokenizer.quantizer}, {len(images.classes)} classes, "
                       f"{count_parameters(self.model)}; {processes.describe()}")
+
+    def arguments(self, init, num_classes):
+        """Constructor arguments of the model: those of the flags, or of a public file `init`."""
+        network = dict(self.task.arguments(self.args, self.codec), num_classes=num_classes)
+        if not init.get("public"):
+            return network
+        own = ("input_size", "in_channels", "num_classes")
+        sizes = {name: value for name, value in init["network"].items() if name not in own}
+        codes, layer = math.prod(self.codec.tokenizer.levels), self.args.repa_layer
+        if "vocab_sizes" in sizes and math.prod(sizes["vocab_sizes"]) != codes:
+            raise UsageError(f"{self.args.init_from} knows {math.prod(sizes['vocab_sizes'])} codes,"
+                             f" its tokenizer {codes}: name another --tokenizer")
+        layers = sizes.get("depth", sizes.get("n_layer"))
+        if layer and layer > layers:
+            raise UsageError(f"--repa-layer {layer}: {self.args.init_from} has {layers} layers")
+        other = {name: value for name, value in sizes.items() if network.get(name, value) != value}
+        if other:
+            text = ", ".join(f"{name} {value}" for name, value in other.items())
+            self.processes.say(f"sizes as in {self.args.init_from}: {text}")
+        return {**network, **sizes}
 
     def measure_latents(self):
         """{"mean", "std"} of z over validation images, channel by channel."""
@@ -1148,7 +1182,7 @@ class GeneratorTraining:
         ema = self.ema
         if self.args.fsdp and self.processes.world > 1:  # sampling wants whole layers
             ema = MODELS[self.args.model](**self.header["network"]).to(self.processes.device)
-            ema.load_state_dict(module_state(self.ema, self.processes, on_all=True))
+            ema.load_state_dict(module_state(self.ema, on_all=True))
         value = validate_generator(self.task, ema, self.codec, self.val_tokens, self.processes)
         if self.processes.rank == 0:
             settings = dict(self.task.sampling)
@@ -1197,31 +1231,35 @@ def sample_pictures(task, model, codec, labels, indices, seed, settings, process
 
 # ---- The teacher of REPA ------------------------------------------------------------------------
 
-def find_teacher(args, processes, images, val_images):
-    """The entry "teacher" of a checkpoint: a classifier with its weights, or DINOv2's name.
+def read_teacher(name):
+    """The entry "teacher" of a checkpoint, from what --repa-teacher names.
 
-    --repa-teacher names DINOv2, or a file: DINOv2's weights, a classifier's checkpoint, or that
-    of an aligned generator. "classifier" is trained now, by the first process, if OUT/teacher
-    does not hold one for these classes.
+    That is DINOv2 by name, or a file: DINOv2's weights, a classifier's checkpoint, or that of an
+    aligned generator.
     """
-    name = args.repa_teacher
-    path = Path(name)
-    if name == "classifier":
-        path = args.out / "teacher" / "ckpt.pt"
-        if processes.rank == 0 and not path.exists():
-            train_teacher(args, processes, images, val_images, path)
-        processes.barrier()
-    elif not path.is_file() or "format" not in read_file(path):
-        return {"kind": "dinov2", "source": name}
-    state = load_checkpoint(path)
+    if not Path(name).is_file() or "format" not in read_file(name):
+        return {"kind": "dinov2", "source": str(name)}
+    state = load_checkpoint(name)
     teacher = state if state["kind"] == "classifier" else state.get("teacher")
     if not teacher:
-        raise UsageError(f"--repa-teacher {path} is the checkpoint of a {state['kind']} without a "
-                         "teacher: name one of a classifier, or of an aligned generator")
-    if name == "classifier" and teacher["classes"] != images.classes:
+        raise UsageError(f"{name} is the checkpoint of a {state['kind']} without a teacher: name "
+                         "one of a classifier, or of an aligned generator")
+    return {key: teacher[key] for key in (*KEPT, "accuracy", "source") if key in teacher}
+
+
+def find_teacher(args, processes, images, val_images):
+    """The teacher of a new run. The classifier of OUT/teacher is trained now if it is not there."""
+    if args.repa_teacher != "classifier":
+        return read_teacher(args.repa_teacher)
+    path = args.out / "teacher" / "ckpt.pt"
+    if processes.rank == 0 and not path.exists():
+        train_teacher(args, processes, images, val_images, path)
+    processes.barrier()
+    teacher = read_teacher(path)
+    if teacher["classes"] != images.classes:
         raise UsageError(f"{path} knows other classes than --data {args.data}: remove it, or "
                          "choose another --out")
-    return {key: teacher[key] for key in (*KEPT, "accuracy", "source") if key in teacher}
+    return teacher
 
 
 def train_teacher(args, processes, images, val_images, path):
@@ -1241,8 +1279,9 @@ def train_teacher(args, processes, images, val_images, path):
     batches = ((to_float(x, device), labels.to(device)) for x, labels in
                load_batches(flags, alone, RandomCrops(images), 0))
     processes.say(f"first training a classifier of {len(images.classes)} classes as the teacher")
-    repa.train_classifier(model, tqdm(batches, total=flags.steps, desc="teacher", disable=None),
-                          optimizer, flags.steps, device)
+    bar = tqdm(batches, total=flags.steps, desc="teacher", disable=None)
+    with building("the teacher"):
+        repa.train_classifier(model, iter(bar), optimizer, flags.steps, device)
     loader = DataLoader(Subset(val_images, spread(val_images, 1000).tolist()), 64)
     accuracy = repa.accuracy(model, ((to_float(x, device), y.to(device)) for x, y in loader))
     processes.say(f"the teacher names {accuracy:.1%} of the validation images")
@@ -1564,14 +1603,14 @@ class Processes(NamedTuple):
         local = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(network, device_ids=local, **kwargs)
 
-    def shard(self, network, blocks):
-        """Divide the parameters of `network` among the processes (FSDP), in place; each of
-        `blocks` is made whole when it runs."""
+    def shard(self, *networks):
+        """Divide the parameters of networks among the processes (FSDP), in place, a part before
+        what contains it; each is made whole when it runs."""
         if self.world > 1:
             from torch.distributed.fsdp import fully_shard
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
-            for part in (*blocks, network):
-                fully_shard(part, mesh=mesh)
+            for network in networks:
+                fully_shard(network, mesh=mesh)
 
     def synchronise(self, network, now):
         """Whether the next backward pass exchanges gradients between the processes."""
@@ -1747,18 +1786,19 @@ def read_file(path):
     return state
 
 
-def load_checkpoint(path, kind=None, **overrides):
+def load_checkpoint(path, kind=None, quiet=False, **overrides):
     """The dictionary that a training run saved, or one made up for a file of the public code.
 
-    kind: what it must be. overrides: levels, alpha, image_size, heads, latent_scale for what a
-    public file does not say. Raises UsageError for anything that is not whole.
+    kind: what it must be. quiet: do not print what was made of a public file. overrides: levels,
+    alpha, image_size, heads, latent_scale for what that does not say, or says wrongly. Raises
+    UsageError for anything that is not whole.
     """
     state = read_file(path)
     with building(f"{path} is not a whole checkpoint"):
         if state.get("format") == 1:
             state = upgraded(state)
         elif state.get("format") != 2:
-            state = released(state, Path(path), overrides)
+            state = released(state, Path(path), quiet, overrides)
         check_checkpoint(state, path)
     if kind and state["kind"] != kind:
         raise UsageError(f"{path} is the checkpoint of a {state['kind']}, not of a {kind}")
@@ -1802,27 +1842,39 @@ def upgraded(state):
         tokenizer = Tokenizer(**state["tokenizer"]["network"])
         grid = tuple(side // args.downsample for side in args.image_size)
         network = TASKS[state["kind"]].arguments(args, Codec(tokenizer, None, None, grid))
+        labels = next(value for name, value in state["ema"].items()
+                      if name.endswith("embedding_table.weight"))                      # (classes,C)
+        width = {"llamagen": "dim", "dit": "hidden_size"}[state["kind"]]
+        network[width] = labels.shape[1]  # nano was wider then
         state["network"] = dict(network, num_classes=len(state["classes"]))
     if "teacher" in state and state["teacher"]["kind"] == "classifier":
         state["teacher"] = upgraded(state["teacher"])
     return state
 
 
-def released(state, path, overrides):
+def released(state, path, quiet, overrides):
     """A checkpoint made of a file of the public code: a bare state dict, or its training state.
 
     What it is and its sizes follow from its names and shapes, its `config`, and the config.json
     next to it. What none of them says is taken from `overrides` or, with a word, from the paper.
     """
-    config = state.get("config") or {}
+    config, data = state.get("config") or {}, (state.get("config") or {}).get("data", {})
     ema = find_weights(state, ("ema", "ema_state_dict"))
     model = find_weights(state, ("model", "model_state_dict", "state_dict", "gen_model"))
     if not ema and not model:
         model = find_weights({"weights": state}, ("weights",))
     weights = {**model, **ema}  # an average without the frozen encoder is completed
-    said = [] if ema else ["no averaged weights: the raw ones take their place"]
+    said, lacking = [], model.keys() - ema.keys()
+    if not ema:
+        said.append("no averaged weights, the last ones take their place")
+    elif lacking and model:
+        said.append(f"{len(lacking)} weights are not averaged, the last ones take their place")
+    elif not model:
+        said.append("only averaged weights")
     args = {"data": None, "image_size": overrides.get("image_size")}
-    checkpoint = {"format": 2, "step": 0, "args": args, "classes": ["all"]}
+    if data.get("image_size") and not args["image_size"]:
+        args["image_size"] = [data["image_size"]] * 2
+    checkpoint = {"format": 2, "public": True, "step": 0, "args": args, "classes": ["all"]}
     if "encoder.conv_in.weight" in weights:
         kind, module = "tokenizer", tokenizers
         beside = path.with_name("config.json")
@@ -1830,39 +1882,61 @@ def released(state, path, overrides):
             config = json.loads(beside.read_text())
         network = tokenizers.released_arguments(weights, config, overrides.get("levels"),
                                                 overrides.get("alpha"))
-        said.append(f"{network['quantizer']}, levels {network['levels']}, "
-                    f"alpha {network.get('alpha')}")
+        said.insert(0, network["quantizer"])
+        if "alpha" in network:
+            said[0] += f", levels {network['levels']}, alpha {network['alpha']}"
         args.update({name: network[name] for name in ("quantizer", "levels", "alpha", "edges")
                      if name in network}, downsample=2 ** (len(network["multipliers"]) - 1))
     elif "cls_embedding.embedding_table.weight" in weights or "x_embedder.proj.weight" in weights:
-        kind, module = "llamagen", llamagen
+        kind, module, heads = "llamagen", llamagen, overrides.get("heads")
         if "x_embedder.proj.weight" in weights:
             kind, module = "dit", dit
-        network = module.released_arguments(weights, heads=overrides.get("heads"))
-        checkpoint["classes"] = [str(i) for i in range(network["num_classes"])]
-        data = config.get("data", {})
-        if data.get("image_size") and not args["image_size"]:
-            args["image_size"] = [data["image_size"]] * 2
-        if kind == "dit":
+            network = dit.released_arguments(weights, heads,
+                                             config.get("model", {}).get("use_rope"))
+            refuse_other_latents(path, config, network)
+            if network["rope"] and "feat_rope.freqs_cos" not in weights:
+                said.append("no table of RoPE, which is computed anew")
+                weights = dit.released_weights(weights, dit.DiT(**network))
             scale = overrides.get("latent_scale") or data.get("latent_multiplier")
             if not scale:
                 scale = 0.18215
-                said.append("latent scale 0.18215 (--latent-scale)")
+                said.append("no latent scale, 0.18215 as in the public code (--latent-scale)")
             d = network["in_channels"]
             checkpoint["latents"] = {"mean": [0.0] * d, "std": [1 / scale] * d}
             checkpoint["sampling"] = {"guide_channels": 3}  # as the public code guides
+        else:
+            network = llamagen.released_arguments(weights, heads)
+            args["downsample"] = config.get("fsq", {}).get("downsample_ratio")
+        checkpoint["classes"] = [str(i) for i in range(network["num_classes"])]
+        sizes = {name: value for name, value in network.items() if value is not False}
+        said.insert(0, ", ".join(f"{name} {value}" for name, value in sizes.items()))
     else:
         raise UsageError(f"{path} is no checkpoint of train.py, and its names "
                          f"({', '.join(list(map(str, weights or state))[:3])}, ...) are those of "
                          "no public tokenizer, LlamaGen or DiT")
-    if not args["image_size"]:
-        args["image_size"] = [256, 256]
-        said.append("images of 256 px (--image-size)")
-    if os.environ.get("RANK", "0") == "0":
+    if not quiet and os.environ.get("RANK", "0") == "0":
         print(f"{path}: public {kind}; {'; '.join(said)}", file=sys.stderr)
-    loadable = {"ema": module.released_weights(weights)}
-    loadable["model"] = module.released_weights(model) if model else loadable["ema"]
-    return {**checkpoint, "kind": kind, "network": network, **loadable}
+    weights = module.released_weights(weights)
+    last = {name: model.get(name, value) for name, value in weights.items()}
+    return {**checkpoint, "kind": kind, "network": network, "ema": weights, "model": last}
+
+
+def refuse_other_latents(path, config, network):
+    """Raise UsageError for a public DiT of other latents, or of another loss, than the paper's."""
+    vae = config.get("vae", {}).get("vae_type", "fsq")
+    transport = config.get("transport", {})
+    if network["learn_sigma"] or config.get("scheduler", {}).get("diffusion"):
+        raise UsageError(f"{path} predicts the noise of SD-VAE latents and its variance, as "
+                         "facebookresearch/DiT does: only DiTs of velocity on iFSQ's latents fit")
+    if vae not in ("fsq", "vae"):
+        raise UsageError(f"{path} draws latents of {vae}, for which there is no tokenizer here")
+    if (transport.get("prediction", "velocity"), transport.get("path_type", "Linear")) != (
+            "velocity", "Linear"):
+        raise UsageError(f"{path} predicts {transport.get('prediction')} on the path "
+                         f"{transport.get('path_type')}: only velocity on the linear path fits")
+    if config.get("data", {}).get("latent_norm"):
+        raise UsageError(f"{path} was trained on latents normalised by statistics that it does not "
+                         "hold: only a scale can be undone")
 
 
 def find_weights(state, names):
@@ -2231,7 +2305,12 @@ def make_parser():
         "an aligned generator", type=Path, metavar="DIR")
     add("--resume", "continue from CKPT, or without one from OUT/ckpt.pt, with the flags stored "
         "in it", nargs="?", const=True, metavar="CKPT")
-    add("--init-from", "start a new run from the averaged weights of CKPT", metavar="CKPT")
+    add("--init-from", "start a new run from the averaged weights of CKPT, of a run or of the "
+        "public code; a tokenizer's flags follow from it", metavar="CKPT")
+    add("--heads", "of a public generator in --init-from: attention heads, which leave no trace "
+        "in the shapes", type=COUNT, metavar="N")
+    add("--latent-scale", "of a public DiT in --init-from: factor of its latents, if its file "
+        "does not say it", type=number(float, 1e-6, 1e6, "number"), metavar="S")
     add("--pretrained", "folder of pretrained weights: where they are looked for, and downloaded "
         "to", type=Path, default=CACHE, metavar="DIR")
     add("--save-every", "steps from checkpoint to checkpoint", type=COUNT, default=1000,
@@ -2263,9 +2342,9 @@ def parse_args(argv=None):
             raise UsageError(f"--resume {path}: this is the checkpoint of a {checkpoint['kind']}")
         stored = {**checkpoint["args"], "resume": path, "out": None}
         out = first.out or path.parent
-    elif first.tokenizer:
-        checkpoint = load_checkpoint(first.tokenizer, "tokenizer", levels=first.levels,
-                                     alpha=first.alpha, image_size=first.image_size)
+    elif first.tokenizer or first.init_from and first.model == "tokenizer":
+        checkpoint = load_checkpoint(first.tokenizer or first.init_from, "tokenizer", quiet=True,
+                                     levels=first.levels, alpha=first.alpha)
         network = checkpoint["network"]
         stored = {name: network.get(name, checkpoint["args"].get(name)) for name in TOKENIZER_FLAGS}
         stored["downsample"] = 2 ** (len(network["multipliers"]) - 1)
@@ -2278,13 +2357,17 @@ def parse_args(argv=None):
         sys.exit(0)
     before, args = parser.parse_args(stored), parser.parse_args([*stored, *argv])
     args.out = out
+    for flags in (before, args):
+        if len(flags.image_size) > 2:
+            raise UsageError("--image-size takes one side, or height and width, not "
+                             f"{flags.image_size}")
+        flags.image_size = [flags.image_size[0], flags.image_size[-1]]
     if args.resume:
         args.resume = path
         refuse_changes(args, before, f"continue {path}", FREE)
     elif args.tokenizer:
         fixed = {name: getattr(before, name) for name in TOKENIZER_FLAGS}
         refuse_changes(args, argparse.Namespace(**fixed), f"use {args.tokenizer}", ())
-    args.image_size = [args.image_size[0], args.image_size[-1]]
     if args.repa_layer and args.repa_teacher == "auto":
         large = min(args.image_size) >= DINO_PX
         args.repa_teacher = "dinov2_vitb14" if large else "classifier"
@@ -2306,7 +2389,10 @@ def preset(args):
         raise UsageError(f"--model {args.model} has no --size {size}: choose from "
                          f"{' '.join(SIZES[args.model])}")
     kind = "nano" if size == "nano" else "paper"
-    return {"size": size, "levels": [17] * 4, **NETWORKS[kind], **SCHEDULES[args.model, kind]}
+    schedule = dict(SCHEDULES[args.model, kind])
+    if args.optimizer and args.optimizer != schedule["optimizer"]:
+        schedule["lr"] = RATES[args.optimizer]
+    return {"size": size, "levels": [17] * 4, **NETWORKS[kind], **schedule}
 
 
 def as_argv(values, known):

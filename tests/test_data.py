@@ -4,79 +4,159 @@ import pytest
 import torch
 from PIL import Image
 
-from train import Batches, Images, Shapes, UsageError, crop, find_images, open_images, read_image, to_float, to_uint8
+import train
+from train import (Batches, Images, Shapes, UsageError, crop, find_images, open_images, read_image,
+                   to_float, to_uint8)
 
 
-def paint(path, size=(40, 30), mode="RGB", colour=None):
+def paint(path, size=(40, 30), mode="RGB", colour=(200, 30, 90)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour or (200, 30, 90)).convert(mode).save(path)
+    Image.new("RGB", size, colour).convert(mode).save(path)
     return path
 
+
+def noise(height, width, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+# ---- Crops ----
 
 def adm_centre_crop(image, size):
     """Written from the description in Dhariwal & Nichol's data loader, for one square size."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = size / min(image.size)
-    image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
-    a = np.array(image)
+    covering = round(image.width * ratio), round(image.height * ratio)
+    a = np.array(image.resize(covering, Image.Resampling.BICUBIC))
     top, left = (a.shape[0] - size) // 2, (a.shape[1] - size) // 2
     return a[top:top + size, left:left + size]
 
 
-@pytest.mark.parametrize("width, height", [(32, 32), (33, 47), (100, 64), (500, 375), (31, 200), (1, 1), (5, 900)])
+@pytest.mark.parametrize("width, height", [(32, 32), (33, 47), (100, 64), (500, 375), (31, 200),
+                                           (1, 1), (5, 300)])
 def test_centre_crop_is_adms(width, height):
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
+    image = noise(height, width)
     expected = adm_centre_crop(image, 32)
     assert np.array_equal(crop(image, (32, 32)).permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_long_strip_is_not_resized_as_a_whole():
+    """It would take 4 GB."""
+    assert crop(Image.new("RGB", (20_000, 1)), (256, 256)).shape == (3, 256, 256)
+    image = noise(900, 5)
+    x = crop(image, (32, 32)).permute(1, 2, 0).numpy().astype(int)
+    assert abs(x - adm_centre_crop(image, 32)).mean() < 4
 
 
 def test_crop_to_a_rectangle_covers_and_keeps_the_aspect():
     ramp = np.tile(np.arange(200, dtype=np.uint8), (100, 1))
     image = Image.fromarray(np.stack([ramp] * 3, -1))  # twice as wide as high
-    x = crop(image, (50, 50))
-    assert x.shape == (3, 50, 50) and abs(int(x[0, 0, 0]) - 50) <= 2 and abs(int(x[0, 0, -1]) - 149) <= 2  # the middle half
+    x = crop(image, (50, 50))  # its middle half
+    assert x.shape == (3, 50, 50)
+    assert abs(int(x[0, 0, 0]) - 50) <= 2 and abs(int(x[0, 0, -1]) - 149) <= 2
     assert crop(image, (24, 80)).shape == (3, 24, 80)
-    left, right = crop(image, (50, 50), (0.0, 0.0)), crop(image, (50, 50), (0.999, 0.999))
+    left, right = crop(image, (50, 50), (0.0, 0.0)), crop(image, (50, 50), (1.0, 1.0))
     assert left[0, 0, 0] < 3 and right[0, 0, -1] > 196
-    assert torch.equal(crop(image, (50, 50), flip=True), x.flip(2))
+    assert torch.equal(crop(image, (50, 50), mirror=True), x.flip(2))
 
 
-@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("1", "png"),
-                                          ("CMYK", "jpg"), ("RGB", "webp")])
+def test_uint8_round_trip():
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    y = to_float(x, torch.device("cpu"))
+    assert y.min() == -1 and y.max() == 1 and torch.equal(to_uint8(y), x)
+    assert to_uint8(torch.tensor([[-3.0, 3.0]])).tolist() == [[0, 255]]
+
+
+# ---- Files ----
+
+@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("RGBA", "png"),
+                                          ("LA", "png"), ("1", "png"), ("CMYK", "jpg"),
+                                          ("RGB", "webp")])
 def test_every_mode_reads_as_rgb(tmp_path, mode, suffix):
     image = read_image(paint(tmp_path / f"a.{suffix}", mode=mode, colour=(255, 255, 255)))
     assert image.mode == "RGB" and np.asarray(image).min() > 250
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(read_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 128, 255]
+@pytest.mark.parametrize("values, expected", [
+    (np.array([[0, 32768, 65535]], np.uint16), [0, 128, 255]),
+    (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),
+    (np.array([[0, 32768, 65535]], np.int32), [0, 128, 255]),
+    (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+    (np.array([[0, 70000, 1]], np.int32), None),
+    (np.array([[-0.1, 0.5, 1]], np.float32), None)])
+def test_deep_images_are_scaled_or_refused(tmp_path, values, expected):
+    path = tmp_path / "deep.tif"
+    Image.fromarray(values).save(path)
+    if expected is None:
+        with pytest.raises(ValueError, match="no known scale"):
+            read_image(path)
+    else:
+        assert np.asarray(read_image(path))[0, :, 0].tolist() == expected
+
+
+def test_pictures_stand_upright_on_white(tmp_path):
+    picture = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8))  # red, blue
+    turned = Image.Exif()
+    turned[0x0112] = 3  # half a turn
+    picture.save(tmp_path / "turned.png", exif=turned)
+    assert np.asarray(read_image(tmp_path / "turned.png")).tolist() == [[[0, 0, 255], [255, 0, 0]]]
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert np.asarray(read_image(tmp_path / "clear.png")).min() == 255
 
 
 def test_folder_layouts(tmp_path):
     for i in range(20):
-        paint(tmp_path / "classes" / ("cat" if i < 10 else "dog") / f"{i:02d}.png")
-        paint(tmp_path / "split" / ("train" if i < 15 else "val") / ("cat" if i % 2 else "dog") / f"{i}.png")
-        paint(tmp_path / "flat" / f"{i}.jpg")
-        paint(tmp_path / "only" / "val" / "cat" / f"{i}.png")
+        animal = "cat" if i % 2 else "dog"
+        paint(tmp_path / "classes" / animal / f"{i:02d}.png")
+        paint(tmp_path / "split" / ("train" if i < 15 else "val") / animal / f"{i}.png")
+        paint(tmp_path / "Names" / ("Training" if i < 15 else "TEST") / animal / f"{i}.png")
+        paint(tmp_path / "flat" / f"{i}.JPG")
+        paint(tmp_path / "val only" / "val" / "cat" / f"{i}.png")
+        paint(tmp_path / "wrapped" / "set" / animal / "deep" / f"{i}.png")
     (tmp_path / "classes" / "empty").mkdir()
     (tmp_path / "classes" / "notes.txt").write_text("not an image")
-    size = [8, 8]
-    held_out = {name: open_images(tmp_path / name, "val", size) for name in ("classes", "split", "flat", "only")}
-    kept = {name: open_images(tmp_path / name, "train", size) for name in held_out}
-    assert {name: (len(kept[name]), len(held_out[name])) for name in kept} == {
-        "classes": (18, 2), "split": (15, 5), "flat": (18, 2), "only": (18, 2)}
-    assert kept["classes"].classes == held_out["split"].classes == ["cat", "dog"]
-    assert kept["flat"].classes == ["flat"] and kept["only"].classes == ["cat"]
-    assert not set(kept["flat"].source.paths) & set(held_out["flat"].source.paths)
-    assert len(open_images(tmp_path / "classes", "all", size)) == len(open_images(tmp_path / "split", "all", size)) == 20
-    x, label = kept["classes"][17]
+    paint(tmp_path / "classes" / ".thumbnails" / "a.png")
+    paint(tmp_path / "flat" / ".a.jpg")
+    (tmp_path / "classes" / "cat" / "again").symlink_to(tmp_path / "classes" / "cat")
+    expected = {"classes": (18, 2), "split": (15, 5), "Names": (15, 5), "flat": (18, 2),
+                "val only": (18, 2), "wrapped": (18, 2)}
+    for name, sizes in expected.items():
+        kept, held_out, whole = (open_images(tmp_path / name, split, [8, 8])
+                                 for split in ("train", "val", "all"))
+        assert (len(kept), len(held_out)) == sizes and len(whole) == 20, name
+        assert not set(kept.source.paths) & set(held_out.source.paths)
+        assert kept.classes == held_out.classes == {
+            "flat": ["images"], "val only": ["cat"]}.get(name, ["cat", "dog"])
+    x, label = open_images(tmp_path / "classes", "train", [8, 8])[17]
     assert x.shape == (3, 8, 8) and x.dtype == torch.uint8 and label == 1
+    assert open_images(tmp_path / "classes", "train", [8, 8], unconditional=True)[17][1] == 0
 
 
-def test_bad_images_are_named_or_skipped(tmp_path, capsys):
+def test_labels_follow_the_names_of_a_trained_model(tmp_path):
+    """A folder may hold some of the classes, and not others."""
+    for i in range(10):
+        paint(tmp_path / "dog" / f"{i}.png")
+    known = ["cat", "dog", "owl"]
+    assert open_images(tmp_path, "all", [8, 8], classes=known)[0][1] == 1
+    with pytest.raises(UsageError, match="does not know the classes dog"):
+        open_images(tmp_path, "all", [8, 8], classes=["cat", "owl"])
+    paint(tmp_path / "a.png")
+    with pytest.raises(UsageError, match="a.png.* lie next to folders with images"):
+        open_images(tmp_path, "all", [8, 8])
+
+
+def test_find_images_is_sorted_and_counts_the_rest(tmp_path):
+    for name in ("b/deep/2.png", "b/1.PNG", "a/x.jpeg", "a/._x.jpeg"):
+        paint(tmp_path / name)
+    (tmp_path / "a" / "y.gif").touch()
+    (tmp_path / "README").touch()
+    left_out = {}
+    assert [p.name for p in find_images(tmp_path, left_out)] == ["x.jpeg", "1.PNG", "2.png"]
+    assert left_out == {"hidden": 1, ".gif": 1, "no suffix": 1}
+
+
+def test_bad_images_are_named_or_skipped(tmp_path):
     for i in range(10):
         paint(tmp_path / f"{i}.png")
     whole = (tmp_path / "5.png").read_bytes()
@@ -88,46 +168,44 @@ def test_bad_images_are_named_or_skipped(tmp_path, capsys):
         [data[i] for i in range(len(data))]
     data = open_images(tmp_path, "all", [8, 8], skip_bad=True)
     assert len(data) == 8 and len([data[i] for i in range(8)]) == 8
-    assert "skipped 3 unreadable images" in capsys.readouterr().out
+    assert "skipped 3 unreadable images" in data.source.about
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda d: d / "missing", "no such folder"),
-    (lambda d: d, "no images"),
-    (lambda d: paint(d / "a.png").parent, "cannot be split"),
-])
-def test_unusable_folders_are_refused(tmp_path, make, words):
+@pytest.mark.parametrize("name, split, words", [
+    ("missing", "train", "no such folder"), ("empty", "train", "no images"),
+    ("one", "val", "no images for val"),
+    ("strange", "val", "classes in val/ but not in train/: dog")])
+def test_unusable_folders_are_refused(tmp_path, name, split, words):
+    (tmp_path / "empty").mkdir()
+    paint(tmp_path / "one" / "a.png")
+    paint(tmp_path / "strange" / "train" / "cat" / "a.png")
+    paint(tmp_path / "strange" / "val" / "dog" / "a.png")
     with pytest.raises(UsageError, match=words):
-        open_images(make(tmp_path), "train", [8, 8])
+        open_images(tmp_path / name, split, [8, 8])
 
 
-def test_a_class_only_in_val_is_refused(tmp_path):
-    paint(tmp_path / "train" / "cat" / "a.png")
-    paint(tmp_path / "val" / "dog" / "a.png")
-    with pytest.raises(UsageError, match="not in train: dog"):
-        open_images(tmp_path, "val", [8, 8])
-
+# ---- Drawings and batches ----
 
 def test_shapes_are_a_pure_function_of_split_and_index():
-    train, val = (Images(Shapes(split, [32, 32]), [32, 32]) for split in ("train", "val"))
-    assert torch.equal(train[7][0], Images(Shapes("train", [32, 32]), [32, 32])[7][0])
-    assert not torch.equal(train[7][0], val[7][0]) and not torch.equal(train[7][0], train[17][0])
-    assert train[7][1] == 7 and train[17][1] == 7 and len(train.classes) == 10
+    first, again, val = (Images(Shapes(split, [32, 32]), [32, 32])
+                         for split in ("train", "train", "val"))
+    assert torch.equal(first[7][0], again[7][0])
+    assert not torch.equal(first[7][0], val[7][0]) and not torch.equal(first[7][0], first[17][0])
+    assert first[7][1] == first[17][1] == 7 and len(first.classes) == 10
     assert Shapes("val", [24, 40])[0][0].size == (40, 24)
+    u, v = np.meshgrid(np.linspace(-1, 1, 50), np.linspace(-1, 1, 50))
     for label in range(10):  # every class draws something, and not everything
-        u, v = np.meshgrid(np.linspace(-1, 1, 50), np.linspace(-1, 1, 50))
-        assert 0.1 < Shapes.inside(label, u, v).mean() < 0.7
+        assert 0.1 < Shapes("val", [8, 8]).inside(label, u, v).mean() < 0.7
 
 
 def test_random_crops_depend_on_seed_epoch_and_index_only(tmp_path):
-    noise = np.random.default_rng(1).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     for i in range(12):
-        Image.fromarray(noise).save(tmp_path / f"{i:02d}.png")
-    data = open_images(tmp_path, "all", [32, 32], seed=0)
-    crops = {key: data[key][0] for key in [(3, 0), (3, 1), (4, 0)]}
-    assert torch.equal(crops[3, 0], data[3, 0][0])
-    assert not torch.equal(crops[3, 0], crops[3, 1]) and not torch.equal(crops[3, 0], crops[4, 0])
-    assert not torch.equal(crops[3, 0], open_images(tmp_path, "all", [32, 32], seed=1)[3, 0][0])
+        noise(60, 90, seed=1).save(tmp_path / f"{i:02d}.png")
+    data, other = (open_images(tmp_path, "all", [32, 32], seed=seed) for seed in (0, 1))
+    first = data.random_crop(3, 0)
+    assert torch.equal(first, train.RandomCrops(data)[3, 0][0])
+    for images, index, epoch in (data, 3, 1), (data, 4, 0), (other, 3, 0):
+        assert not torch.equal(first, images.random_crop(index, epoch))
 
 
 def take(batches, n):
@@ -135,9 +213,9 @@ def take(batches, n):
 
 
 def test_batches_cover_every_image_once_an_epoch():
-    seen = sum(take(Batches(10, 4, 0, seed=0), 5), [])  # 20 places: two epochs, one batch across their border
-    assert sorted(seen) == sorted((i, epoch) for epoch in (0, 1) for i in range(10))
-    assert [i for i, _ in seen[:10]] != [i for i, _ in seen[10:]] != list(range(10))
+    keys = sum(take(Batches(10, 4, 0, seed=0), 5), [])  # two epochs, one batch across their border
+    assert sorted(keys) == sorted((i, epoch) for epoch in (0, 1) for i in range(10))
+    assert [i for i, _ in keys[:10]] != [i for i, _ in keys[10:]] != list(range(10))
 
 
 def test_batches_resume_and_split_without_changing():
@@ -145,8 +223,9 @@ def test_batches_resume_and_split_without_changing():
     assert take(Batches(50, 12, 5, seed=3), 4) == whole[5:]
     ranks = [take(Batches(50, 12, 0, seed=3, rank=r, world=3), 9) for r in range(3)]
     assert [sum((ranks[r][s] for r in range(3)), []) for s in range(9)] == whole
-    parts = take(Batches(50, 12, 0, seed=3, parts=4), 36)
-    assert [sum(parts[4 * s:4 * s + 4], []) for s in range(9)] == whole
+    parts = [take(Batches(50, 12, 0, seed=3, rank=r, world=2, grad_accum=2), 18) for r in (0, 1)]
+    for s in range(9):
+        assert sum((parts[r][2 * s + i] for r in (0, 1) for i in (0, 1)), []) == whole[s]
 
 
 @pytest.mark.parametrize("kwargs, words", [(dict(batch_size=12, world=5), "cannot be divided"),
@@ -154,17 +233,3 @@ def test_batches_resume_and_split_without_changing():
 def test_impossible_batches_are_refused(kwargs, words):
     with pytest.raises(UsageError, match=words):
         Batches(50, start=0, seed=0, **kwargs)
-
-
-def test_uint8_round_trip():
-    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    y = to_float(x, torch.device("cpu"))
-    assert y.min() == -1 and y.max() == 1 and torch.equal(to_uint8(y), x)
-    assert to_uint8(torch.tensor([[-3.0, 3.0]])).tolist() == [[0, 255]]
-
-
-def test_find_images_is_sorted_and_recursive(tmp_path):
-    for name in ("b/deep/2.png", "b/1.PNG", "a/x.jpeg"):
-        paint(tmp_path / name)
-    paths, labels, classes = find_images(tmp_path)
-    assert classes == ["a", "b"] and labels == [0, 1, 1] and [p.name for p in paths] == ["x.jpeg", "1.PNG", "2.png"]

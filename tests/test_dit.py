@@ -229,7 +229,8 @@ def test_arguments_are_read_off_the_weights(options):
 def test_heads_come_from_the_table_of_sizes(monkeypatch):
     monkeypatch.setitem(SIZES, "tiny", (2, 32, 2))
     weights = small(qk_norm=False, rope=False).state_dict()
-    assert dit.released_arguments(weights, heads=99)["num_heads"] == 2
+    assert dit.released_arguments(weights)["num_heads"] == 2
+    assert dit.released_arguments(weights, heads=8)["num_heads"] == 8
 
 
 def test_missing_buffers_are_added_and_rope_follows_qk_norm():

@@ -1,98 +1,212 @@
-"""Several processes, sharding (FSDP), signals and sudden death: a run goes on as if nothing had happened."""
+"""Several processes, sharding (FSDP), and sudden death: a run goes on as if nothing had happened.
+
+Starting torchrun takes longer than these trainings, so one start of two processes runs all
+command lines of `COMMANDS`, one after the other.
+"""
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from test_generators import COMMON, small, tokenizers  # noqa: F401 (fixtures)
-from test_train import assert_same, assert_same_gradient, rows
+from conftest import (COMMON, assert_same, assert_same_gradient, make_images, rows, shrink)
 
+import evaluate
 import train
 from train import load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-LAUNCHER = """import sys; sys.path.insert(0, '.')
-import train
-train.llamagen.SIZES['nano'] = (2, 2, 32)
-train.dit.SIZES['nano'] = (2, 32, 2)
-train.Shapes.lengths = {'train': 24, 'val': 8}
-train.CLASSIFIER.update(steps=3, batch_size=8)
-train.main(sys.argv[1:])
+pytestmark = pytest.mark.usefixtures("small")
+LAUNCHER = """import json, sys
+sys.path[:0] = {paths!r}
+import conftest, pytest, torch, train, evaluate
+conftest.shrink(pytest.MonkeyPatch())
+torch.set_num_threads(1)
+commands = json.loads(sys.argv[1])
+def one_after_the_other():
+    for program, *argv in commands:
+        module = {{"train": train, "evaluate": evaluate}}[program]
+        getattr(module, program)(module.parse_args(argv))
+train.guarded("launcher", one_after_the_other)
 """
+TORCHRUN = ["-m", "torch.distributed.run"]
+
+
+def begin(folder, torchrun, *commands):
+    """A process that runs commands, lists of "train" or "evaluate" and flags."""
+    launcher = folder / "launcher.py"
+    tests = Path(__file__).parent
+    launcher.write_text(LAUNCHER.format(paths=[str(tests), str(tests.parent)]))
+    return subprocess.Popen([sys.executable, *torchrun, str(launcher), json.dumps(commands)],
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 @pytest.fixture
 def start(tmp_path):
-    """start(processes, *flags) -> subprocess of train.py with the small sizes, under torchrun if there are several."""
-    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    """begin() in a folder of the test's own; what still runs at its end is killed."""
     started = []
 
-    def begin(processes, *flags, torchrun=()):
-        if processes > 1:
-            torchrun = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"
-        command = [sys.executable, *torchrun, str(tmp_path / "launcher.py"), *COMMON, "--cache-dir", str(tmp_path / "cache"), *flags]
-        started.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, start_new_session=True))
+    def begin_here(torchrun, *commands):
+        started.append(begin(tmp_path, torchrun, *commands))
         return started[-1]
 
-    yield begin
+    yield begin_here
     for process in started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def finish(process, code=0):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
-    return out, err
+def finish(process):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out
 
 
-@pytest.mark.parametrize("flags", [["--model", "dit", "--repa-layer", "1"], ["--grad-checkpoint", "--grad-accum", "2"]],
-                         ids=["dit-repa", "recomputed"])
-def test_sharded_equals_replicated(tmp_path, tokenizers, start, flags):  # noqa: F811
-    """FSDP makes the step that one process makes, and a checkpoint of either is continued by the other."""
-    flags = [*flags, "--tokenizer", str(tokenizers / "ifsq" / "ckpt.pt"), "--class-dropout", "0"]
-    if "dit" in flags:  # its noise differs between processes, so two are compared with two
-        flags += ["--repa-teacher", str(classifier(tmp_path / "teacher.pt"))]
-        finish(start(2, *flags, "--steps", "1", "--out", str(tmp_path / "whole")))
-    else:
-        alone(tmp_path, *flags, "--steps", "1", "--out", str(tmp_path / "whole"))
-    finish(start(2, *flags, "--fsdp", "--steps", "1", "--out", str(tmp_path / "parts")))
-    whole, parts = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
-    assert_same_gradient(whole, parts)
-    shapes = lambda state: {key: value.shape for part in ("model", "ema") for key, value in state[part].items()}
-    assert shapes(whole) == shapes(parts)
-    norms = [float(rows(tmp_path / name)[0]["grad_norm"]) for name in ("whole", "parts")]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
-    if "dit" not in flags:
-        alone(tmp_path, *flags, "--steps", "3", "--out", str(tmp_path / "parts"), "--resume")
-        finish(start(2, *flags, "--fsdp", "--steps", "3", "--out", str(tmp_path / "whole"), "--resume"))
-        whole, parts = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
-        assert whole["step"] == parts["step"] == 3
-        for part in ("model", "ema"):
-            for key, value in whole[part].items():  # Adam blows rounding up where a gradient is about 0
-                torch.testing.assert_close(parts[part][key], value, rtol=0, atol=1e-3)
+# {name: (flags, whether one process computes it too)}. {t} is a folder with inputs.
+STEP = ["--tokenizer", "{t}/ifsq/ckpt.pt", "--class-dropout", "0", "--steps", "1"]
+DIT = [*STEP, "--model", "dit", "--optimizer", "adamw", "--repa-layer", "1", "--repa-teacher",
+       "{t}/teacher.pt"]
+LONG = [*STEP, "--optimizer", "adamw", "--grad-checkpoint", "--grad-accum", "2"]
+COMMANDS = {
+    "tokenizer": (["--model", "tokenizer", "--data", "{t}/data", "--image-size", "16",
+                   "--downsample", "2", "--steps", "1"], True),
+    "gan": (["--model", "tokenizer", "--image-size", "24", "--downsample", "2", "--disc-start", "1",
+             "--steps", "4"], False),
+    "muon": ([*STEP, "--repa-layer", "1"], False),
+    "aligned": ([*STEP, "--repa-layer", "1", "--repa-teacher", "{t}/teacher.pt"], True),
+    "nothing": (["--image-size", "16", "--tokenizer-steps", "2", "--steps", "2"], False),
+    "dit": (DIT, False),  # its noise differs between processes, so two are compared with two
+    "dit-sharded": ([*DIT, "--fsdp"], False),
+    "long": (LONG, True),
+    "long-sharded": ([*LONG, "--fsdp"], False),
+}
 
 
-def alone(tmp_path, *flags):
-    """In this process, which is quicker."""
-    train.main([*COMMON, "--cache-dir", str(tmp_path / "cache"), *flags])
-
-
-def classifier(path):
+@pytest.fixture(scope="module")
+def outs(tokenizers, tmp_path_factory):
+    """{"one", "two"}: folders with the outputs of COMMANDS by one and by two processes."""
+    top = tmp_path_factory.mktemp("processes")
+    inputs = {"t": top}
+    make_images(top / "data")
+    (top / "ifsq").symlink_to(tokenizers / "ifsq")
+    (top / "two").mkdir()
     torch.manual_seed(0)
-    train.save_checkpoint(path, {"format": 1, "kind": "classifier", "classes": train.Shapes.classes, "accuracy": 0.1,
-                                 "ema": train.repa.Classifier(10).state_dict()})
-    return path
+    train.save_checkpoint(top / "teacher.pt", {
+        "format": 2, "kind": "classifier", "classes": train.Shapes.classes, "accuracy": 0.1,
+        "args": {}, "step": 3, "network": {"num_classes": 10},
+        "ema": train.repa.Classifier(10).state_dict()})
+
+    def command(count, name, *more):
+        flags = [flag.format(**inputs) for flag in COMMANDS[name][0]]
+        return ["train", *COMMON, "--cache-dir", str(top / count / "cache"), *flags, "--out",
+                str(top / count / name), *more]
+
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        for name, (_, alone) in COMMANDS.items():
+            if alone:
+                train.main(command("one", name)[1:])
+        commands = [command("two", name) for name in COMMANDS]
+        commands.append(["evaluate", str(top / "one" / "aligned" / "ckpt.pt"), "--num-samples",
+                         "11", "--batch-size", "2", "--cfg-scale", "1", "--save-npz", "--device",
+                         "cpu", "--out", str(top / "two" / "samples")])
+        evaluate.main([*commands[-1][1:-1], str(top / "one" / "samples")])
+        # What one process began continues on two, sharded, and the other way round.
+        resumed = command("two", "long-sharded")
+        resumed[-1] = str(top / "two" / "resumed")
+        commands.append([*resumed, "--resume", str(top / "one" / "long" / "ckpt.pt"),
+                         "--steps", "3"])
+        finish(begin(top, [*TORCHRUN, "--standalone", "--nproc_per_node=2"], *commands))
+        train.main([*command("one", "long")[1:-1], str(top / "one" / "resumed"), "--steps", "3",
+                    "--resume", str(top / "two" / "long-sharded" / "ckpt.pt")])
+    return {count: top / count for count in ("one", "two")}
+
+
+def both(outs, name, other=None):
+    """The checkpoints of one and two processes, or of two runs of two processes."""
+    a, b = (outs["two"] / name, outs["two"] / other) if other else (
+        outs["one"] / name, outs["two"] / name)
+    return a, b, load_checkpoint(a / "ckpt.pt"), load_checkpoint(b / "ckpt.pt")
+
+
+@pytest.mark.parametrize("name, other", [("tokenizer", None), ("aligned", None), ("long", None),
+                                         ("long", "long-sharded"), ("dit", "dit-sharded")])
+def test_the_step_is_the_same(outs, name, other):
+    """2 x batch 2 = 1 x batch 4 (with a projector; with micro-batches), sharded = replicated."""
+    out, other_out, one, two = both(outs, name, other)
+    assert_same_gradient(one, two)
+    norms = [float(rows(folder)[0]["grad_norm"]) for folder in (out, other_out)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    for part in ("model", "ema"):
+        assert {key: value.shape for key, value in one[part].items()} == {
+            key: value.shape for key, value in two[part].items()}
+    if name == "tokenizer":
+        assert float(rows(other_out)[-1]["val_psnr"]) == pytest.approx(
+            float(rows(out)[-1]["val_psnr"]), abs=1e-2)
+    if name == "aligned":
+        assert len(two["optimizer"]["state"]) == len(two["model"]) + len(two["projector"])
+
+
+def test_sharded_runs_continue_replicated_and_the_other_way_round(outs):
+    *_, one, two = both(outs, "resumed")
+    assert one["step"] == two["step"] == 3
+    for part in ("model", "ema"):
+        for key, value in one[part].items():  # Adam blows rounding up where a gradient is about 0
+            torch.testing.assert_close(two[part][key], value, rtol=0, atol=5e-3)
+
+
+def test_two_processes_train_both_sides_of_a_gan(outs):
+    log = rows(outs["two"] / "gan")
+    assert [bool(row["d_loss"]) for row in log] == [False, True, False, True]
+    assert all(float(value) < 1e6 for row in log for value in row.values() if value)
+
+
+def test_two_processes_share_stage_one_cache_and_teacher(outs):
+    state = load_checkpoint(outs["two"] / "nothing" / "ckpt.pt")
+    assert state["step"] == 2 and state["tokenizer"]["step"] == 2
+    assert not any(key.startswith("module.") for key in state["model"])
+    arrays = [np.load(path) for path in (outs["two"] / "cache").glob("train-*.npy")]
+    array, = (array for array in arrays if array.shape == (24, 2, 4))
+    codec = train.load_codec(state["tokenizer"], [16, 16], torch.device("cpu"))
+    images = train.open_images("shapes", "train", [16, 16])
+    x = torch.stack([images[i][0] for i in (0, 23)])  # a share of either process
+    indices = codec.tokenizer.encode(train.to_float(x, torch.device("cpu")))[1].flatten(1)
+    assert array[[0, 23], 0].tolist() == indices.tolist()
+
+    teacher = load_checkpoint(outs["two"] / "muon" / "ckpt.pt")["teacher"]
+    assert_same(teacher["ema"], load_checkpoint(outs["two"] / "muon/teacher/ckpt.pt")["ema"])
+
+
+def test_processes_draw_the_same_samples(outs):
+    one, two = (np.load(next((outs[name] / "samples").glob("*.npz"))) for name in ("one", "two"))
+    assert np.array_equal(one["arr_0"], two["arr_0"]) and len(one["arr_0"]) == 11
+
+
+def test_two_machines(tmp_path, tokenizers, start):
+    """torchrun --nnodes=2, both nodes on this machine, makes the step that one process makes."""
+    flags = [*COMMON, *(flag.format(t=tokenizers) for flag in STEP), "--cache-dir",
+             str(tmp_path / "cache"), "--out"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = [start([*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", f"--node-rank={rank}",
+                    "--master-addr=127.0.0.1", f"--master-port={port}"],
+                   ["train", *flags, str(tmp_path / "two")]) for rank in (0, 1)]
+    train.main([*flags, str(tmp_path / "one")])
+    for node in nodes:
+        finish(node)
+    assert_same_gradient(*(load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two")))
 
 
 def wait_for(path, process, lines):
-    """Until a log has so many lines."""
-    for _ in range(1200):
+    """Until a log has more than so many lines."""
+    for _ in range(2400):
         if path.exists() and len(path.read_text().splitlines()) > lines:
             return
         assert process.poll() is None, process.communicate()[1]
@@ -100,46 +214,23 @@ def wait_for(path, process, lines):
     raise TimeoutError(path)
 
 
-@pytest.mark.parametrize("processes, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_signal_saves_and_leaves(tmp_path, tokenizers, start, processes, number):  # noqa: F811
-    flags = ["--tokenizer", str(tokenizers / "ifsq" / "ckpt.pt"), "--steps", "400"]
-    process = start(processes, *flags, "--out", str(tmp_path / "a"))
-    wait_for(tmp_path / "a" / "log.csv", process, 5)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode and f"{number.name}: saved" in err and "--resume goes on" in err
-    step = load_checkpoint(tmp_path / "a" / "ckpt.pt")["step"]
-    assert 5 <= step < 400 and len(rows(tmp_path / "a")) == step
-    if processes == 1:
-        flags[-1] = str(step + 2)
-        alone(tmp_path, *flags, "--out", str(tmp_path / "a"), "--resume")
-        alone(tmp_path, *flags, "--out", str(tmp_path / "b"))
-        parts, whole = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in "ab")
-        for state in (whole, parts):
-            del state["args"]
-        assert_same(whole, parts)
-
-
-def test_a_dead_process_ends_the_others(tmp_path, tokenizers, start):  # noqa: F811
-    process = start(2, "--tokenizer", str(tokenizers / "ifsq" / "ckpt.pt"), "--steps", "100000", "--save-every", "3",
-                    "--out", str(tmp_path / "a"))
-    wait_for(tmp_path / "a" / "log.csv", process, 8)
-    first, _ = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(first), signal.SIGKILL)
-    process.communicate(timeout=90)  # raises if they still wait for each other
-    assert process.returncode and load_checkpoint(tmp_path / "a" / "ckpt.pt")["step"] % 3 == 0
-
-
-def test_two_machines(tmp_path, tokenizers, start):  # noqa: F811
-    """torchrun --nnodes=2, both nodes on this machine, makes the step that one process makes."""
-    flags = ["--tokenizer", str(tokenizers / "ifsq" / "ckpt.pt"), "--class-dropout", "0", "--steps", "1"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    nodes = [start(0, *flags, "--out", str(tmp_path / "two"), torchrun=[
-        "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node-rank={rank}", "--master-addr=127.0.0.1",
-        f"--master-port={port}"]) for rank in (0, 1)]
-    for node in nodes:
-        finish(node)
-    alone(tmp_path, *flags, "--out", str(tmp_path / "one"))
-    assert_same_gradient(*(load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two")))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_all_processes(tmp_path, tokenizers, start, number):
+    """SIGTERM to torchrun saves; a process that dies takes the others with it."""
+    out = tmp_path / "a"
+    process = start([*TORCHRUN, "--standalone", "--nproc_per_node=2"], [
+        "train", *COMMON, "--tokenizer", str(tokenizers / "ifsq" / "ckpt.pt"), "--steps", "100000",
+        "--save-every", "3", "--cache-dir", str(tmp_path / "cache"), "--out", str(out)])
+    wait_for(out / "log.csv", process, 8)
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+    else:
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        os.kill(int(children.stdout.split()[0]), number)
+    printed = process.communicate(timeout=90)  # raises if they still wait for each other
+    assert process.returncode
+    step = load_checkpoint(out / "ckpt.pt")["step"]
+    if number == signal.SIGTERM:
+        assert "SIGTERM: saved" in "".join(printed) and len(rows(out)) == step >= 7
+    else:
+        assert step % 3 == 0

@@ -1,103 +1,411 @@
-"""Files of the public implementations, raw or wrapped, in --init-from, --tokenizer and evaluate.py."""
-import json
+"""Files of the public code through the command line, to the pictures that the public code makes.
 
+`tests/golden/pipelines` holds six checkpoints that the public training scripts wrote, and inputs
+and outputs of the public sampling code on them.
+"""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from test_generators import COMMON, small, tokenizers  # noqa: F401 (fixtures)
-from test_train import TINY, small_data  # noqa: F401
+from conftest import COMMON, load_golden, refused
+from PIL import Image
 
+import dit
 import evaluate
 import train
-from train import UsageError, load_checkpoint, main, released, weights_in
+from tokenizer import Tokenizer
+from train import load_checkpoint
+
+FOLDER = Path(__file__).parent / "golden" / "pipelines"
+FILES = {name: FOLDER / name / "checkpoint-12.ckpt" for name in ("tokenizer", "tokenizer_small")}
+FILES |= {name: FOLDER / name / "0000012.pt"
+          for name in ("llamagen", "llamagen_groups", "dit", "dit_plain")}
+CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def public(golden):
-    """Weights of the public tokenizer: 32 channels, 2x down, iFSQ 17^4; as tensors."""
-    return {name: torch.as_tensor(value) for name, value in golden("tokenizer_fsq").sd.items()}
+@pytest.fixture(autouse=True)
+def tiny_size(monkeypatch):
+    """The size of the generators, which is in no table."""
+    monkeypatch.setitem(train.llamagen.SIZES, "T", (2, 32, 2))
+    monkeypatch.setitem(dit.SIZES, "T", (2, 32, 2))
 
 
-WRAPPINGS = {
-    "raw": lambda weights: weights,
-    "ddp": lambda weights: {f"module.{name}": value for name, value in weights.items()},
-    "compiled": lambda weights: {f"module._orig_mod.{name}": value for name, value in weights.items()},
-    "ema": lambda weights: {"epoch": 3, "ema_state_dict": weights, "state_dict": {"gen_model": {}, "dics_model": {}}},
-    "gan": lambda weights: {"epoch": 3, "state_dict": {"gen_model": weights, "dics_model": {"main.0.weight": torch.zeros(1)}}},
-    "model": lambda weights: {"model": weights, "optimizer": {}, "steps": 5},
-    "repa": lambda weights: {**weights, "projectors.0.0.weight": torch.zeros(2, 2)},
-}
+def stored(name):
+    return load_golden(f"pipelines/{name}")
 
 
-@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
-def test_weights_are_found_in_any_wrapping(public, wrap):
-    found = weights_in(wrap(public))
-    assert found.keys() == public.keys() and all(torch.equal(found[name], value) for name, value in public.items())
+def evaluated(out, file, *flags):
+    """evaluate.py FILE without Inception -> (its report, its pictures (N,H,W,3) int64)."""
+    evaluate.main(list(map(str, [file, *flags, "--metrics", "psnr", "--save-npz", "--device", "cpu",
+                                 "--out", out])))
+    [report] = out.glob("*.json")
+    pictures = np.load(report.with_suffix(".npz"))["arr_0"].astype(np.int64)
+    return json.loads(report.read_text()), pictures
 
 
-def test_a_released_tokenizer_is_evaluated_as_it_is(public, golden, tmp_path, capsys):
-    torch.save(WRAPPINGS["ddp"](public), tmp_path / "released.pt")
-    state = load_checkpoint(tmp_path / "released.pt")
-    model = train.build_tokenizer(state["args"]).eval()
-    model.load_state_dict(state["ema"])
-    case = golden("tokenizer_fsq")
-    x = torch.as_tensor(next(value for value in case.inputs.values() if value.ndim == 4 and value.shape[1] == 3)).float()
-    assert state["args"]["multipliers"] == [1, 2] and state["args"]["num_res_blocks"] == 2 and state["args"]["downsample"] == 2
-    assert model.encode(x)[1].shape == (len(x), x.shape[2] // 2, x.shape[3] // 2)
-    state["args"]["image_size"] = [32, 32]
-    assert "taken as ifsq of [17, 17, 17, 17] levels" in capsys.readouterr().err
-    for i in range(3):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        train.Shapes("train", [256, 256])[i][0].save(tmp_path / "images" / f"{i}.png")
-    evaluate.main([str(tmp_path / "released.pt"), "--data", str(tmp_path / "images"), "--split", "all", "--metrics", "psnr", "codes",
-                   "--device", "cpu", "--out", str(tmp_path / "out")])
-    report = next((tmp_path / "out").glob("*.json")).read_text()
-    assert json.loads(report)["results"]["images"] == 3
+def save_images(folder, pictures):
+    folder.mkdir()
+    for i, picture in enumerate(pictures.numpy()):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    return folder
 
 
-def test_a_released_llamagen_is_sampled_with_its_tokenizer(tokenizers, tmp_path, capsys, monkeypatch):  # noqa: F811
-    torch.manual_seed(0)
-    model = train.llamagen.LlamaGen(grid=(4, 6), vocab_sizes=[72, 72], num_classes=10, n_layer=2, n_head=2, dim=32)
-    path = tmp_path / "llamagen.pt"
-    torch.save({"model": WRAPPINGS["repa"](model.state_dict()), "steps": 7}, path)
-    flags = [str(path), "--num-samples", "3", "--device", "cpu", "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit):
-        evaluate.main(flags)
-    assert "name that with --tokenizer" in capsys.readouterr().err
-    evaluate.main([*flags, "--tokenizer", str(tokenizers / "ifsq" / "ckpt.pt"), "--data", "shapes"])
-    report = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
-    assert report["results"]["samples"] == 3 and report["training"]["token_groups"] == 2
-    monkeypatch.setattr(train.Shapes, "classes", [str(i) for i in range(11)])
-    with pytest.raises(SystemExit):
-        evaluate.main([*flags, "--tokenizer", str(tokenizers / "ifsq" / "ckpt.pt"), "--data", "shapes"])
-    assert "has 11 classes, the generator 10" in capsys.readouterr().err
+def rewritten(path, source, change):
+    """The public file `source` after change(its dictionary), as `path`, beside its config.json."""
+    path.parent.mkdir(exist_ok=True)
+    state = torch.load(source, weights_only=True)
+    torch.save(change(state) or state, path)
+    if (source.parent / "config.json").exists():
+        shutil.copy(source.parent / "config.json", path.parent)
+    return path
 
 
-def test_a_released_dit_and_tokenizer_are_trained_further(tokenizers, tmp_path):  # noqa: F811
-    """Its tokenizer's file has no statistics of the latents: they are measured, and kept."""
-    state = load_checkpoint(tokenizers / "ifsq" / "ckpt.pt")
-    bare = {name: value for name, value in state.items() if name != "latents"}
-    train.save_checkpoint(tmp_path / "tokenizer.pt", bare)
-    model = train.dit.DiT(input_size=(4, 6), in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=10)
-    torch.save({"ema": WRAPPINGS["ddp"](model.state_dict())}, tmp_path / "dit.pt")
-    main([*COMMON, "--model", "dit", "--tokenizer", str(tmp_path / "tokenizer.pt"), "--init-from", str(tmp_path / "dit.pt"), "--steps",
-          "1", "--lr", "1e-9", "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "run")])
-    found = load_checkpoint(tmp_path / "run" / "ckpt.pt")
-    for key in ("mean", "std"):
-        assert found["tokenizer"]["latents"][key] == pytest.approx(state["latents"][key], abs=0.02)
-    torch.testing.assert_close(found["model"]["blocks.0.attn.qkv.weight"], model.state_dict()["blocks.0.attn.qkv.weight"])
-
-
-def test_what_does_not_fit_is_listed(public, tmp_path, capsys):
-    broken = {name: value for name, value in public.items() if name != "quant_conv.bias"}
-    broken |= {"extra.weight": torch.zeros(1), "encoder.conv_in.weight": torch.zeros(64, 3, 3, 3)}
-    model = train.build_tokenizer(released(public, "x")["args"])
+def said(capsys, file, **overrides):
+    """What is printed of a public file."""
     capsys.readouterr()
-    with pytest.raises(UsageError, match=r"1 missing: quant_conv.bias; 1 unexpected: extra.weight; 1 of another shape: encoder"):
-        train.load_weights(model, broken, "x")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(UsageError, match="no public tokenizer"):
-        load_checkpoint(tmp_path / "other.pt")
-    torch.save({"tok_embeddings.weight": torch.zeros(9, 7), "layers.0.x": torch.zeros(1),
-                "cls_embedding.embedding_table.weight": torch.zeros(3, 7)}, tmp_path / "odd.pt")
-    with pytest.raises(UsageError, match="1 layers of width 7 are none of the sizes"):
-        load_checkpoint(tmp_path / "odd.pt")
+    load_checkpoint(file, **overrides)
+    return capsys.readouterr().err
+
+
+# ---- The six files, to their pictures ----
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_small"])
+def test_tokenizer(tmp_path, name):
+    g = stored(name)
+    images = save_images(tmp_path / "images", g.inputs["images"])
+    for weights, key in ("ema", "ema"), ("model", "raw"):
+        _, pictures = evaluated(tmp_path / weights, FILES[name], "--data", images, "--image-size",
+                                16, "--weights", weights)
+        expected = g.outputs[f"{key}/recon_uint8"].permute(0, 2, 3, 1).numpy()
+        assert np.abs(pictures - expected).max() <= 1  # the public code cuts off, this rounds
+
+        checkpoint = load_checkpoint(FILES[name])
+        model = Tokenizer(**checkpoint["network"]).eval()
+        train.load_weights(model, checkpoint, weights)
+        with torch.no_grad():
+            z, indices = model.encode(g.outputs["x"])
+            reconstruction = model.decode(z)
+        assert torch.equal(indices, g.outputs[f"{key}/indices"][..., 0])
+        torch.testing.assert_close(z, g.outputs[f"{key}/z"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(reconstruction, g.outputs[f"{key}/recon"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [(), ("--heads", 2)], ids=["table", "flag"])
+@pytest.mark.parametrize("name", ["llamagen", "llamagen_groups"])
+def test_llamagen(tmp_path, monkeypatch, name, heads):
+    if heads:
+        monkeypatch.delitem(train.llamagen.SIZES, "T")
+    g = stored(name)
+    for run, settings in g.meta["runs"].items():
+        report, pictures = evaluated(
+            tmp_path / run, FILES[name], "--tokenizer", FILES[g.meta["tokenizer"]], *heads,
+            "--top-k", 1, "--cfg-scale", settings["cfg_scale"], "--cfg-interval",
+            settings["cfg_interval"], "--classes", *g.inputs["labels"].tolist())
+        assert np.abs(pictures - g.outputs[f"{run}/pictures_uint8"].numpy()).max() <= 1
+        assert report["image_size"] == [16, 16]
+
+
+@pytest.mark.parametrize("name", ["dit", "dit_plain"])
+def test_dit(tmp_path, monkeypatch, name):
+    """By functions, and by the command line, whose noise is made to be the stored one."""
+    g = stored(name)
+    noise, labels = g.inputs["noise"], g.inputs["labels"]
+    tokenizer = FILES[g.meta["tokenizer"]]
+    checkpoint = evaluate.with_tokenizer(name, load_checkpoint(FILES[name]),
+                                         load_checkpoint(tokenizer))
+    codec = train.load_codec(checkpoint["tokenizer"], [16, 16], CPU)
+    model = evaluate.build_generator(name, checkpoint, "ema").eval()
+    randn = torch.randn
+    for run, settings in g.meta["runs"].items():
+        scale, start = settings["cfg_scale"], settings["cfg_interval_start"]
+        shift, steps = settings["timestep_shift"], g.meta["steps"]
+        latents = dit.sample(model, noise, labels, steps, cfg_scale=scale,
+                             cfg_interval=(start, 1.0), timestep_shift=shift,
+                             **checkpoint["sampling"])
+        z = latents * codec.std + codec.mean
+        with torch.no_grad():
+            pictures = codec.tokenizer.decode(z)
+        for key, value in ("latents", latents), ("z", z), ("pictures", pictures):
+            torch.testing.assert_close(value, g.outputs[f"{run}/{key}"], atol=1e-3, rtol=0)
+
+        rows = iter(noise)
+        monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: next(rows))
+        report, pictures = evaluated(
+            tmp_path / run, FILES[name], "--tokenizer", tokenizer, "--cfg-scale", scale,
+            "--cfg-interval", start, 1, "--timestep-shift", shift, "--sample-steps", steps,
+            "--classes", *labels.tolist())
+        monkeypatch.setattr(torch, "randn", randn)
+        assert np.abs(pictures - g.outputs[f"{run}/pictures_uint8"].numpy()).max() <= 1
+        assert report["image_size"] == [16, 16] and report["sampling"]["guide_channels"] == 3
+
+
+# ---- Other layouts of the same files ----
+
+def without_ema(state):
+    state["ema_state_dict"] = {}
+
+
+def with_prefix(prefix):
+    def change(state):
+        ema = state["ema_state_dict"].items()
+        state["ema_state_dict"] = {name.replace("module.", prefix): w for name, w in ema}
+    return change
+
+
+def without_encoder(state):
+    ema, raw = state["ema_state_dict"], state["state_dict"]["gen_model"]
+    for name in [name for name in ema if "encoder." in name or "quant_conv." in name]:
+        if "post_" not in name:
+            raw[name.removeprefix("module.")] = ema.pop(name)  # frozen: the same in both
+
+
+@pytest.mark.parametrize("change, words", [
+    (without_ema, "no averaged weights"),
+    (with_prefix(""), ""), (with_prefix("_orig_mod."), ""), (with_prefix("_orig_mod.module."), ""),
+    (without_encoder, "weights are not averaged"),
+    (lambda state: state["ema_state_dict"], "no averaged weights"),
+    (lambda state: {"model": state["state_dict"]["gen_model"]}, "no averaged weights"),
+    (lambda state: {"ema": state["ema_state_dict"]}, "only averaged weights"),
+], ids=["ema off", "bare", "compiled", "compiled, DDP", "frozen encoder", "state dict", "model",
+        "ema"])
+def test_layouts(tmp_path, capsys, change, words):
+    g = stored("tokenizer_small")
+    path = rewritten(tmp_path / "public" / "any.pt", FILES["tokenizer_small"], change)
+    text = said(capsys, path)
+    assert "fsq, levels [9, 9, 9], alpha 2.0" in text and words in text
+    if not words:
+        assert text.endswith("alpha 2.0\n")
+    checkpoint = load_checkpoint(path)
+    key = "ema"
+    if change is without_ema or "model" in torch.load(path, weights_only=True):
+        key = "raw"
+    model = Tokenizer(**checkpoint["network"]).eval()
+    train.load_weights(model, checkpoint, "ema")
+    indices = model.encode(g.outputs["x"])[1]
+    assert torch.equal(indices, g.outputs[f"{key}/indices"][..., 0])
+
+
+def test_without_config(tmp_path, capsys):
+    """Levels stand in the average too, the slope in config.json alone: it has to be given."""
+    path = tmp_path / "alone.ckpt"
+    shutil.copy(FILES["tokenizer_small"], path)
+    images = save_images(tmp_path / "images", stored("tokenizer_small").inputs["images"][:1])
+    flags = [path, "--data", images, "--metrics", "psnr", "--out", tmp_path / "out", "--device",
+             "cpu"]
+    assert "the slope of the quantizer" in refused(capsys, evaluate.main, flags)
+    assert "--alpha" in refused(capsys, train.main, ["--tokenizer", path, "--steps", 1])
+    assert "levels [9, 9, 9], alpha 1.6" in said(capsys, path, alpha=1.6)
+    assert "levels [5, 5, 5], alpha 2.0" in said(capsys, path, alpha=2.0, levels=[5, 5, 5])
+    rewritten(path, path, without_ema)
+    flags += ["--alpha", "2"]
+    assert "the levels of the quantizer" in refused(capsys, evaluate.main, flags)
+    capsys.readouterr()
+    evaluate.main(list(map(str, [*flags, "--levels", 9, 9, 9, "--split", "all"])))
+    assert f"{path}: no image size, 256 px" in capsys.readouterr().err
+
+
+def test_dit_without_config(tmp_path, capsys):
+    """A bare state dict, without the tables of RoPE that follow from its sizes."""
+    def bare(state):
+        return {name: w for name, w in state["ema"].items() if "feat_rope" not in name}
+
+    path = rewritten(tmp_path / "dit.pt", FILES["dit"], bare)
+    text = said(capsys, path)
+    assert "no table of RoPE" in text and "no latent scale, 0.18215" in text
+    assert "depth 2" in text and "num_heads 2" in text
+    checkpoint, whole = load_checkpoint(path), load_checkpoint(FILES["dit"])
+    for name, weight in whole["ema"].items():
+        torch.testing.assert_close(checkpoint["ema"][name], weight)
+    assert checkpoint["latents"]["std"] == [1 / 0.18215] * 4
+    assert whole["latents"]["std"] == [1 / 1.092421] * 4
+    assert load_checkpoint(path, latent_scale=2)["latents"]["std"] == [0.5] * 4
+
+
+def test_llamagen_without_config(tmp_path, capsys, monkeypatch):
+    path = rewritten(tmp_path / "any.pt", FILES["llamagen"], lambda state: state["ema"])
+    flags = [path, "--tokenizer", FILES["tokenizer_small"], "--classes", 3, "--top-k", 1]
+    report, pictures = evaluated(tmp_path / "16", *flags, "--image-size", 16)
+    assert pictures.shape == (1, 16, 16, 3) and report["labels"] == "chosen"
+    report, pictures = evaluated(tmp_path / "16x8", *flags, "--image-size", 16, 8)
+    assert pictures.shape == (1, 16, 8, 3)
+    monkeypatch.setattr(evaluate, "evaluate_generator", lambda *args: pytest.skip("256 px"))
+    monkeypatch.setattr(evaluate, "print_reports", print)
+    capsys.readouterr()
+    with pytest.raises(pytest.skip.Exception):
+        evaluate.main([*map(str, flags), "--device", "cpu", "--metrics", "psnr", "--out",
+                       str(tmp_path)])
+    assert "no image size, 256 px" in capsys.readouterr().err
+
+
+# ---- Other sizes ----
+
+def test_other_sizes(tmp_path):
+    """Sizes and levels that no table holds, in the public layouts, come through as they are."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer("ifsq", [5, 7, 3, 5], 1.2, hidden=32, multipliers=(1, 2, 1),
+                          num_res_blocks=1, z_channels=2)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    torch.save({"ema_state_dict": {}, "state_dict": {"gen_model": tokenizer.state_dict()}},
+               folder / "a.ckpt")
+    config = {"levels": [5, 7, 3, 5], "act_fun": "scale_sigmoid_12", "do_simple_bound": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    sizes = dict(vocab_sizes=[525], num_classes=3, n_layer=3, n_head=4, dim=64)
+    ar = train.llamagen.LlamaGen(grid=(4, 4), **sizes)
+    torch.save({"model": ar.state_dict(), "config": {"data": {"image_size": 16}}},
+               tmp_path / "ar.pt")
+    flow = dit.DiT(input_size=(4, 4), in_channels=4, hidden_size=48, depth=1, num_heads=3,
+                   num_classes=3, swiglu=False)
+    wrapped = {f"module.{name}": w for name, w in flow.state_dict().items()}
+    torch.save({"model": wrapped, "config": {"data": {"latent_multiplier": 0.5}}},
+               tmp_path / "flow.pt")
+    common = ["--tokenizer", folder / "a.ckpt", "--num-samples", 3]
+    drawn = {}
+    for name, flags in ("ar", ["--heads", 4]), ("flow", ["--sample-steps", 2]):
+        report, drawn[name] = evaluated(tmp_path / name, tmp_path / f"{name}.pt", *common, *flags)
+        assert report["image_size"] == [16, 16] and report["results"]["samples"] == 3
+
+    generators = [torch.Generator().manual_seed(train.seed_of(0, i)) for i in range(3)]
+    noise = torch.stack([torch.randn(4, 4, 4, generator=g) for g in generators])
+    latents = dit.sample(flow.eval(), noise, torch.arange(3), 2, guide_channels=3)
+    with torch.no_grad():
+        expected = train.to_uint8(tokenizer.eval().decode(latents / 0.5)).permute(0, 2, 3, 1)
+    assert np.abs(drawn["flow"] - expected.numpy()).max() <= 1
+
+
+# ---- What cannot be used is named in one line ----
+
+def facebook(state):
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state["ema"][name] = state["ema"][name].repeat_interleave(2, 0)
+
+
+def with_config(part, **values):
+    def change(state):
+        state["config"].setdefault(part, {}).update(values)
+    return change
+
+
+def uneven(state):
+    for part in state["ema"], state["model"]:
+        for name in "1_emb.weight", "output.1.weight":
+            part[name] = part[name][:17]
+
+
+@pytest.mark.parametrize("name, change, words", [
+    ("dit", facebook, "noise of SD-VAE latents"),
+    ("dit", with_config("scheduler", diffusion=True), "noise of SD-VAE latents"),
+    ("dit", with_config("vae", vae_type="sdvae"), "latents of sdvae"),
+    ("dit", with_config("transport", prediction="noise"), "predicts noise"),
+    ("dit", with_config("data", latent_norm=True), "normalised by statistics"),
+    ("dit", with_config("data", image_size=32), "images of [32, 32] px, and makes [16, 16]"),
+    ("llamagen_groups", uneven, "digits of [289, 17] values"),
+    ("llamagen", with_config("fsq", downsample_ratio=4), "4x down, its tokenizer gives 2x"),
+    ("llamagen_groups", lambda state: None, "knows 83521 codes, its tokenizer 729"),
+    ("llamagen", lambda state: {"a.weight": torch.zeros(1)}, "no public tokenizer"),
+    ("tokenizer", lambda state: {"encoder.conv_in.weight": torch.zeros(1),
+                                 "encoder.conv_blocks.0.res.0.norm1.weight": torch.zeros(1)},
+     "this is LlamaGen's VQ-16"),
+    ("tokenizer", lambda state: {"encoder.conv_in.weight": torch.zeros(1),
+                                 "encoder.mid.attn_1.q.weight": torch.zeros(1)},
+     "this is SD-VAE"),
+])
+def test_refused(tmp_path, capsys, name, change, words):
+    path = rewritten(tmp_path / "public" / "any.pt", FILES[name], change)
+    tokenizer = FILES["tokenizer" if name == "dit" else "tokenizer_small"]
+    flags = [path, "--tokenizer", tokenizer, "--num-samples", 2, "--device", "cpu"]
+    assert words in refused(capsys, evaluate.main, flags)
+
+
+def test_flags_of_public_files_are_refused_for_others(tokenizers, tmp_path, capsys):
+    own = tokenizers / "ifsq" / "ckpt.pt"
+    for flag in ["--image-size", "8"], ["--levels", "3"], ["--tokenizer", own], ["--heads", "2"]:
+        line = refused(capsys, evaluate.main, [own, *flag, "--out", tmp_path])
+        assert f"{flag[0]} is for files of the public code" in line
+    assert "name that with --tokenizer" in refused(capsys, evaluate.main, [FILES["dit"]])
+
+
+# ---- Training goes on from them ----
+
+def trained(tmp_path, *flags):
+    """A few steps of train.py on images of ten class folders -> its checkpoint."""
+    for i in range(20):
+        folder = tmp_path / "data" / str(i % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        train.Shapes("train", [16, 16])[i][0].save(folder / f"{i}.png")
+    train.main(list(map(str, [*COMMON, "--data", tmp_path / "data", "--image-size", 16, "--lr",
+                              1e-9, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run",
+                              *flags])))
+    return load_checkpoint(tmp_path / "run" / "ckpt.pt")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_small"])
+def test_a_tokenizer_is_trained_further(tmp_path, name):
+    """Its flags follow from the file; a resumed run needs that no more."""
+    path = tmp_path / "public" / "any.ckpt"
+    rewritten(path, FILES[name], lambda state: None)
+    state = trained(tmp_path, "--model", "tokenizer", "--init-from", path, "--steps", 2,
+                    "--optimizer", "muon")
+    public = load_checkpoint(path)
+    assert state["network"] == {**state["network"], **public["network"]}
+    assert state["args"]["levels"] == public["network"]["levels"]
+    assert state["args"]["downsample"] == 2
+    for key, weight in public["ema"].items():
+        if "running" not in key:
+            torch.testing.assert_close(state["ema"][key], weight, atol=1e-6, rtol=0)
+    shutil.rmtree(path.parent)
+    train.main(["--resume", str(tmp_path / "run" / "ckpt.pt"), "--steps", "3"])
+    assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["llamagen", "llamagen_groups", "dit", "dit_plain"])
+def test_a_generator_is_trained_further(tmp_path, monkeypatch, capsys, name):
+    """Also in a size that no table holds; a DiT on latents scaled as its file says."""
+    g = stored(name)
+    kind, plain = name.split("_")[0], name == "dit_plain"
+    size = ["--size", "T", "--optimizer", "muon", "--dropout", 0]
+    if name.endswith(("groups", "plain")):
+        monkeypatch.delitem(train.llamagen.SIZES, "T")
+        monkeypatch.delitem(dit.SIZES, "T")
+        size = ["--heads", 2, "--latent-scale", 3]
+    state = trained(tmp_path, "--model", kind, "--init-from", FILES[name], "--tokenizer",
+                    FILES[g.meta["tokenizer"]], *size, "--steps", 2)
+    public = load_checkpoint(FILES[name], heads=2)
+    for key, weight in public["ema"].items():
+        torch.testing.assert_close(state["ema"][key], weight, atol=1e-6, rtol=0)
+    if kind == "dit":
+        scale = 3 if plain else 1.092421
+        d = 3 if plain else 4
+        assert state["tokenizer"]["latents"] == {"mean": [0.0] * d, "std": [1 / scale] * d}
+        assert state["network"]["swiglu"] is not plain
+    train.main(["--resume", str(tmp_path / "run" / "ckpt.pt"), "--steps", "3"])
+    evaluate.main([str(tmp_path / "run" / "ckpt.pt"), "--num-samples", "2", "--metrics", "psnr",
+                   "--device", "cpu", "--out", str(tmp_path / "out"),
+                   *(["--sample-steps", "2"] if kind == "dit" else [])])
+    assert f"{kind}" in capsys.readouterr().out
+
+
+def test_a_tokenizer_serves_a_new_generator(tmp_path, small):
+    state = trained(tmp_path, "--tokenizer", FILES["tokenizer_small"], "--steps", 1)
+    assert state["network"]["grid"] == (8, 8) and state["network"]["vocab_sizes"] == [729]
+    assert len(state["tokenizer"]["latents"]["std"]) == 3  # measured, as no file says them
+    assert state["args"]["levels"] == [9, 9, 9] and state["args"]["alpha"] == 2.0
+
+
+def test_init_from_what_does_not_fit(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for i in range(4):
+        train.Shapes("train", [16, 16])[i][0].save(tmp_path / "data" / f"{i}.png")
+    common = [*COMMON, "--data", tmp_path / "data", "--image-size", 16, "--batch-size", 2,
+              "--steps", 1, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run"]
+    for file, tokenizer, words in (
+            ("llamagen_groups", "tokenizer_small", "knows 83521 codes, its tokenizer 729"),
+            ("llamagen", "tokenizer_small", "do not fit this model"),  # 10 classes, not 1
+            ("dit", "tokenizer_small", "do not fit this model")):
+        line = refused(capsys, train.main, [
+            *common, "--model", file.split("_")[0], "--init-from", FILES[file], "--tokenizer",
+            FILES[tokenizer]])
+        assert words in line

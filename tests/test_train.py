@@ -1,230 +1,376 @@
-"""The training loop of train.py: exact resume, processes, files that survive, and errors in one line."""
-import csv
-import subprocess
-import sys
+"""train.py's loop: exact resume, Muon, signals, files that survive, errors in one line."""
+import lzma
+import os
+import signal
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import (COMMON, assert_resumes, assert_same, assert_same_gradient, close,
+                      make_images, refused, rows)
+from torch import nn
 
+import evaluate
 import train
-from train import (Log, UsageError, check_resume, fetch, load_checkpoint, main, parse_args, pick_dtype, save_checkpoint,
-                   seed_of, update_ema)
+from train import Log, Muon, UsageError, load_checkpoint, main, orthogonalize, save_checkpoint
 
-TINY = ["--model", "tokenizer", "--size", "nano", "--device", "cpu", "--dtype", "fp32", "--image-size", "24",
-        "--batch-size", "4", "--downsample", "2", "--log-every", "1", "--eval-every", "1000",
-        "--save-every", "1000", "--warmup", "2", "--cooldown", "0"]
+pytestmark = pytest.mark.usefixtures("small")
+TINY = ["--model", "tokenizer", *COMMON, "--image-size", "16", "--downsample", "2"]
 
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch):
-    monkeypatch.setattr(train.Shapes, "lengths", {"train": 24, "val": 8})
-
-
-def run(out, *flags):
+def fit(out, *flags):
     main([*TINY, "--out", str(out), *flags])
     return load_checkpoint(Path(out) / "ckpt.pt")
 
 
-def assert_same(a, b, path=""):
-    """Bit for bit, through nested dictionaries and lists."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, pair in enumerate(zip(a, b)):
-            assert_same(*pair, f"{path}/{i}")
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+# ---- The loop ----
+
+GAN = ["--disc-start", "3", "--image-size", "24", "--log-every", "2"]
 
 
-def rows(out):
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "waiting")}
-            for row in csv.DictReader(open(Path(out) / "log.csv"))]
+@pytest.mark.parametrize("flags", [[], ["--quantizer", "vae"], ["--optimizer", "adamw"], GAN],
+                         ids=["ifsq", "vae", "adamw", "gan"])
+def test_resume_is_bit_for_bit(tmp_path, monkeypatch, flags):
+    state = assert_resumes(tmp_path, monkeypatch, [*TINY, *flags])
+    assert state["args"]["optimizer"] == ("adamw" if "adamw" in flags else "muon")
 
 
-@pytest.mark.parametrize("flags", [["--quantizer", "ifsq"], ["--quantizer", "vae"], ["--disc-start", "3", "--log-every", "2"]],
-                         ids=["ifsq", "vae", "gan"])
-def test_resume_is_bit_for_bit(tmp_path, flags):
-    """Weights, EMA, both optimizers, discriminator and logged losses of 6 steps = 3 + resume + 3."""
-    whole = run(tmp_path / "whole", *flags, "--steps", "6", "--save-every", "3")
-    run(tmp_path / "parts", *flags, "--steps", "3", "--save-every", "3")
-    parts = run(tmp_path / "parts", *flags, "--steps", "6", "--save-every", "3", "--resume")
-    for state in (whole, parts):
-        del state["args"]
-    assert_same(whole, parts)
-    assert whole["step"] == 6
-    logged, again = ({row["step"]: row for row in rows(tmp_path / name)} for name in ("whole", "parts"))
-    assert len(rows(tmp_path / "parts")) == len(again)  # no step twice
-    for step in logged:
-        assert all(again[step][k] == v for k, v in logged[step].items() if v), step
-
-
-def test_gan_trains_both_sides_in_turn(tmp_path):
-    before = run(tmp_path / "a", "--disc-start", "2", "--steps", "2")
-    after = run(tmp_path / "b", "--disc-start", "2", "--steps", "5")
-    moved = lambda part, key: not torch.equal(before[part][key], after[part][key])
-    assert moved("critic", "main.0.weight") and moved("model", "decoder.conv_out.weight")
-    log = rows(tmp_path / "b")
-    assert [bool(row["d_loss"]) for row in log] == [False, False, False, True, False]
-    assert [bool(row["g_loss"]) for row in log] == [False, False, True, False, True]
+def test_gan_trains_both_sides_in_turn(tmp_path, monkeypatch):
+    save, states = train.save_checkpoint, []
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, state: (
+        save(path, state), states.append(load_checkpoint(path))))
+    fit(tmp_path, "--disc-start", "1", "--image-size", "24", "--steps", "3", "--save-every", "1")
+    log = rows(tmp_path)
+    assert [bool(row["d_loss"]) for row in log] == [False, True, False]
+    assert [bool(row["g_loss"]) for row in log] == [False, False, True]
     assert float(log[2]["d_weight"]) > 0
+    for a, b, of_critic in (*states[:2], True), (*states[1:], False):
+        for part, weight in ("critic", "main.0.weight"), ("model", "decoder.conv_out.weight"):
+            same = torch.equal(a[part][weight], b[part][weight])
+            assert same == ((part == "critic") != of_critic)
+        assert torch.equal(a["model"]["quantize.running_mean"],
+                           b["model"]["quantize.running_mean"]) == of_critic
 
 
-def test_learning_rate_rises_and_falls(tmp_path, capsys):
-    run(tmp_path, "--steps", "10", "--warmup", "4", "--cooldown", "0.5", "--lr", "0.008")
-    rates = [round(float(row["lr"]), 4) for row in rows(tmp_path)]
-    assert rates == [0.002, 0.004, 0.006, 0.008, 0.008, 0.008, 0.0064, 0.0048, 0.0032, 0.0016]
-    with pytest.raises(SystemExit):  # the steps are part of such a schedule
-        run(tmp_path, "--steps", "12", "--warmup", "4", "--cooldown", "0.5", "--lr", "0.008", "--resume")
-    assert "--steps was 10, is 12" in capsys.readouterr().err
-
-
-def test_two_processes_equal_one(tmp_path):
-    """2 x batch 2 equals 1 x batch 4 within rounding, with gradients averaged by DDP and the GAN on."""
-    flags = [*TINY, "--steps", "1", "--data", str(make_images(tmp_path / "data"))]
-    one = main([*flags, "--out", str(tmp_path / "one")]) or load_checkpoint(tmp_path / "one" / "ckpt.pt")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, "train.py", *flags, "--out", str(tmp_path / "two")], check=True, env=environment(),
-                   capture_output=True)
-    two = load_checkpoint(tmp_path / "two" / "ckpt.pt")
-    assert_same_gradient(one, two)
-    a, b = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert float(b[-1]["val_psnr"]) == pytest.approx(float(a[-1]["val_psnr"]), abs=1e-3)
-    assert float(b[-1]["grad_norm"]) == pytest.approx(float(a[-1]["grad_norm"]), rel=1e-3)
-    flags[flags.index("--steps") + 1] = "5"
-    result = subprocess.run([*torchrun, "train.py", *flags, "--disc-start", "2", "--out", str(tmp_path / "gan")],
-                            env=environment(), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert rows(tmp_path / "gan")[3]["d_loss"]
-
-
-def assert_same_gradient(a, b):
-    """Through Adam's first moments, 0.1 * gradient after one step: Adam itself blows rounding up where gradients vanish."""
-    for i, state in a["optimizer"]["state"].items():
-        moment, other = state["exp_avg"], b["optimizer"]["state"][i]["exp_avg"]
-        torch.testing.assert_close(other, moment, rtol=1e-3, atol=1e-3 * moment.abs().max().item() + 1e-7)
-
-
-def make_images(folder):
-    from PIL import Image
-    folder.mkdir(parents=True)
-    for i in range(20):
-        train.Shapes("train", [24, 24])[i % 24][0].resize((30, 24), Image.Resampling.BICUBIC).save(folder / f"{i:02d}.png")
-    return folder
-
-
-def environment():
-    import os
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_learning_rate_rises_and_falls(tmp_path):
+    args = Namespace(steps=10, warmup=4, cooldown=0.5)
+    factors = [train.schedule(args, step) for step in range(10)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    fit(tmp_path, "--steps", "3", "--warmup", "2", "--cooldown", "0.5", "--lr", "0.008")
+    rates = [float(row["lr"]) for row in rows(tmp_path)]
+    assert rates == pytest.approx([0.004, 0.008, 0.008 / 1.5])
 
 
 def test_grad_accum_is_a_larger_batch(tmp_path):
-    one = run(tmp_path / "one", "--steps", "1")
-    two = run(tmp_path / "two", "--steps", "1", "--grad-accum", "2")
+    one = fit(tmp_path / "one", "--steps", "1")
+    two = fit(tmp_path / "two", "--steps", "1", "--grad-accum", "2")
     assert_same_gradient(one, two)
+    assert float(rows(tmp_path / "two")[0]["loss"]) == pytest.approx(
+        float(rows(tmp_path / "one")[0]["loss"]), rel=1e-5)
 
 
-def test_checkpoint_holds_what_later_stages_need(tmp_path):
-    state = run(tmp_path, "--steps", "2", "--levels", "5", "5", "5")
-    assert state["format"] == 1 and state["kind"] == "tokenizer" and state["classes"] == train.Shapes.classes
-    assert len(state["latents"]["mean"]) == 3 and all(0 < s < 1 for s in state["latents"]["std"])
-    assert state["args"]["levels"] == [5, 5, 5] and state["args"]["image_size"] == [24, 24]
-    assert set(state["model"]) == set(state["ema"]) and not any(k.startswith(("module.", "_orig_mod.")) for k in state["model"])
-    assert (tmp_path / "reconstructions.png").stat().st_size > 500
-    tuned = run(tmp_path / "tuned", "--steps", "1", "--levels", "5", "5", "5", "--lr", "1e-9",
-                "--init-from", str(tmp_path / "ckpt.pt"))
+def test_a_checkpoint_holds_what_later_stages_need(tmp_path):
+    state = fit(tmp_path / "a", "--steps", "2", "--levels", "5", "5", "5")
+    assert state["format"] == 2 and state["kind"] == "tokenizer"
+    assert state["classes"] == train.Shapes.classes
+    assert state["args"]["levels"] == [5, 5, 5] and state["args"]["image_size"] == [16, 16]
+    assert state["model"].keys() == state["ema"].keys()
+    assert not any(key.startswith(("module.", "_orig_mod.")) for key in state["model"])
+    assert (tmp_path / "a" / "reconstructions.png").stat().st_size > 500
+
+    model = train.Tokenizer(**state["network"]).eval()
+    model.load_state_dict(state["ema"])
+    images = train.open_images("shapes", "val", [16, 16])
+    x = train.to_float(torch.stack([images[i][0] for i in range(8)]), torch.device("cpu"))
+    z = model.encode(x)[0]
+    latents = {name: torch.tensor(state["latents"][name]) for name in ("mean", "std")}
+    torch.testing.assert_close(latents["mean"], z.mean((0, 2, 3)), atol=1e-5, rtol=0)
+    std = z.std((0, 2, 3), correction=0)
+    torch.testing.assert_close(latents["std"], std, atol=1e-5, rtol=0)
+
+    flags = ["--levels", "5", "5", "5", "--lr", "1e-9", "--init-from", str(tmp_path / "start.pt")]
+    (tmp_path / "a" / "ckpt.pt").rename(tmp_path / "start.pt")
+    tuned = fit(tmp_path / "b", *flags, "--steps", "1")
     for key, value in state["ema"].items():
         if "running" not in key:
             torch.testing.assert_close(tuned["model"][key], value, atol=1e-6, rtol=0)
+    (tmp_path / "start.pt").unlink()  # a run that continues does not need it
+    assert fit(tmp_path / "b", *flags, "--steps", "2", "--resume")["step"] == 2
 
 
-def test_latent_statistics_are_those_of_the_validation_latents(tmp_path):
-    state = run(tmp_path, "--steps", "1")
-    model = train.build_tokenizer(state["args"]).eval()
-    model.load_state_dict(state["ema"])
-    images = train.open_images("shapes", "val", [24, 24])
-    z = model.encode(train.to_float(torch.stack([images[i][0] for i in range(8)]), torch.device("cpu")))[0]
-    torch.testing.assert_close(torch.tensor(state["latents"]["mean"]), z.mean((0, 2, 3)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(torch.tensor(state["latents"]["std"]), z.std((0, 2, 3), correction=0), atol=1e-5, rtol=0)
+def test_a_non_finite_loss_stops_before_it_is_saved(tmp_path, capsys, monkeypatch):
+    good = fit(tmp_path, "--steps", "2")
+    loss = train.TokenizerTraining.loss
+    monkeypatch.setattr(train.TokenizerTraining, "loss", lambda *args: tuple(
+        {name: v * torch.nan for name, v in part.items()} if isinstance(part, dict)
+        else part * torch.nan for part in loss(*args)))
+    line = refused(capsys, main, [*TINY, "--out", tmp_path, "--steps", "6", "--log-every", "100",
+                                  "--resume"])
+    assert "loss" in line and "the weights became non-finite by step 6" in line
+    assert_same(load_checkpoint(tmp_path / "ckpt.pt"), good)
 
 
-def test_a_non_finite_loss_stops_before_it_is_saved(tmp_path, capsys):
-    run(tmp_path, "--steps", "2")
-    good = (tmp_path / "ckpt.pt").read_bytes()
-    state = load_checkpoint(tmp_path / "ckpt.pt")
-    state["model"]["decoder.conv_out.bias"][0] = float("nan")
-    save_checkpoint(tmp_path / "nan.pt", state)
+def test_update_ema():
+    model, ema = nn.Linear(2, 2), nn.Linear(2, 2)
+    expected = 0.75 * ema.weight.detach() + 0.25 * model.weight.detach()
+    train.update_ema(ema, model, 0.75, step=10**6)
+    torch.testing.assert_close(ema.weight.detach(), expected)
+    train.update_ema(ema, model, 0.75, step=0)  # decay min(0.75, 1/10)
+    torch.testing.assert_close(ema.weight.detach(), 0.1 * expected + 0.9 * model.weight.detach())
+
+
+def test_seeds_differ_by_step_and_rank_and_repeat():
+    keys = [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0), (0, 1), (0, 10), (1, 0)]
+    seeds = [train.seed_of(*key) for key in keys]
+    assert len(set(seeds)) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
+    assert train.seed_of(0, 1, 0) == seeds[0]
+
+
+def test_log_means_cover_the_rows_between(tmp_path):
+    log = Log(tmp_path / "log.csv", 0, None, 0)
+    log.add({"loss": torch.tensor(1.0)})
+    log = Log(tmp_path / "log.csv", 0, {"log": log.state()}, 0)  # as over a resume
+    log.add({"loss": torch.tensor(2.0)})
+    assert log.means(2, 4)["loss"] == 1.5 and "loss" not in log.means(3, 4)
+
+
+def test_an_edited_log_is_kept_aside(tmp_path):
+    (tmp_path / "log.csv").write_text("step,loss\n1,0.5\n3,0.4\n")
+    assert len(Log(tmp_path / "log.csv", 2, None, 0).rows) == 1  # step 3 is run again
+    (tmp_path / "log.csv").write_text("step,loss\none,0.5\n")
+    log = Log(tmp_path / "log.csv", 2, None, 0)
+    log.write({"step": 3, "loss": 1})
+    assert rows(tmp_path) == [{"step": "3", "loss": "1"}]
+    assert next(tmp_path.glob("log-*.csv")).read_text() == "step,loss\none,0.5\n"
+
+
+def test_dtype_follows_the_device():
+    assert train.pick_dtype("fp16", torch.device("cpu")) == torch.float16
+    assert train.pick_dtype("auto", torch.device("mps")) == torch.float32
+
+
+# ---- Muon ----
+
+@pytest.mark.parametrize("shape", [(2, 32, 32), (3, 48, 16), (1, 8, 200), (2, 1, 20)])
+def test_orthogonalize_sets_singular_values_to_about_1(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    y = orthogonalize(1e3 * x)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    core = u.mT @ y @ vh.mT  # diagonal: the same singular vectors
+    assert (core - torch.diag_embed(core.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
+    values = torch.linalg.svdvals(y)[s > 0.02 * s.norm(dim=1, keepdim=True)]
+    assert 0.6 < values.min() and values.max() < 1.3
+    cosine = torch.cosine_similarity(y.flatten(1), (u @ vh).flatten(1))
+    assert cosine.min() > 0.95
+
+
+def steps(optimizer, parameters, count=3):
+    """Parameters after `count` steps on gradients from a fixed seed."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        for p in parameters:
+            p.grad = torch.randn(p.numel(), generator=generator).view(p.shape)
+        optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (64, 4, 1, 1)])
+def test_muon_takes_a_kernel_for_a_matrix(shape):
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(*shape[:2], shape[2], bias=False), nn.Linear(1, 1, bias=False)
+    linear.weight = nn.Parameter(conv.weight.detach().flatten(1).clone())
+    conv = conv.to(memory_format=torch.channels_last)
+    (kernel,), (matrix,) = (steps(Muon(module, lr=0.02, weight_decay=0.1), [module.weight])
+                            for module in (conv, linear))
+    torch.testing.assert_close(kernel.flatten(1), matrix, atol=1e-5, rtol=0)
+
+
+def test_muon_is_momentum_made_orthogonal():
+    """The second step by hand: Nesterov's momentum, U V^T, the rate of tall matrices, decay."""
+    torch.manual_seed(0)
+    module = nn.Linear(8, 32, bias=False)
+    before = module.weight.detach().clone()
+    optimizer = Muon(module, lr=0.1, weight_decay=0.5)
+    first, second = torch.randn(2, 32, 8)
+    for gradient in (first, second):
+        module.weight.grad = gradient.clone()
+        optimizer.step()
+    m1 = 0.05 * first
+    m2 = 0.95 * m1 + 0.05 * second
+    for gradient, momentum in (first, m1), (second, m2):
+        update = orthogonalize((0.05 * gradient + 0.95 * momentum)[None])[0]
+        before = 0.95 * before - 0.1 * (32 / 8) ** 0.5 * update
+    torch.testing.assert_close(module.weight.detach(), before, atol=1e-5, rtol=0)
+
+
+def generator_of(kind):
+    if kind == "dit":
+        return train.dit.DiT(input_size=(2, 2), in_channels=3, depth=1, hidden_size=16,
+                             num_heads=2, num_classes=5)
+    if kind.startswith("llamagen"):
+        return train.llamagen.LlamaGen(grid=(2, 2), vocab_sizes=[9, 9] if "2" in kind else [81],
+                                       num_classes=5, n_layer=1, n_head=2, dim=16)
+    return train.Tokenizer(quantizer="vq", levels=[3, 3], hidden=8, multipliers=[1, 1],
+                           num_res_blocks=1, num_groups=4)
+
+
+OUTER = {"tokenizer": {"quantize.embedding.weight"},
+         "llamagen": {"tok_embeddings", "cls_embedding", "output"},
+         "llamagen of 2 digits": {"0_emb", "1_emb", "cls_embedding", "output"},
+         "dit": {"x_embedder", "y_embedder", "t_embedder", "final_layer"}}
+
+
+@pytest.mark.parametrize("kind", OUTER)
+def test_muon_leaves_embeddings_outputs_and_vectors_to_adam(kind):
+    """They take the steps of torch's Adam at a tenth of the rate, without weight decay."""
+    torch.manual_seed(0)
+    model = generator_of(kind)
+    optimizer = Muon(model, lr=0.02, weight_decay=0.1)
+    muon, adam = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    parameters = dict(model.named_parameters())
+    assert len(muon) + len(adam) == len(parameters)
+    outer = {name for name, p in parameters.items() if p.ndim > 1 and id(p) in adam}
+    for part in OUTER[kind]:
+        assert any(name.startswith(part) for name in outer), part
+    assert all(any(part in name for part in OUTER[kind]) for name in outer)
+    assert all(id(p) in adam for p in parameters.values() if p.ndim == 1)
+    own = [p for p in parameters.values() if id(p) in adam]
+    copies = [nn.Parameter(p.detach().clone()) for p in own]
+    expected = steps(torch.optim.Adam(copies, lr=0.002, betas=(0.9, 0.95)), copies)
+    for p, q in zip(steps(optimizer, own), expected):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+def test_fp16_skips_infinite_gradients(tmp_path):
+    """The first scale of 65536 overflows somewhere, is lowered, and steps follow."""
+    state = fit(tmp_path, "--dtype", "fp16", "--steps", "3")
+    assert state["step"] == 3 and state["scaler"]["scale"] > 0
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+# ---- Signals and the lock ----
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_saves_and_leaves(tmp_path, monkeypatch, capsys, name):
+    """After the step at hand. What is saved continues to the checkpoint of an unbroken run."""
+    update, number = train.update_ema, getattr(signal, name)
+
+    def interrupted(ema, model, decay, step):
+        update(ema, model, decay, step)
+        if step == 1:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_ema", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            fit(tmp_path / "a", "--steps", "4")
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    assert f"{name}: saved" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "a" / "ckpt.pt")["step"] == len(rows(tmp_path / "a")) == 2
+    if name == "SIGHUP":
+        main(["--resume", str(tmp_path / "a" / "ckpt.pt")])
+        parts = load_checkpoint(tmp_path / "a" / "ckpt.pt")
+        whole = fit(tmp_path / "b", "--steps", "4")
+        for part in ("model", "ema", "optimizer"):
+            assert_same(whole[part], parts[part])
+
+
+def test_a_second_signal_acts_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "update_ema", lambda *args: [
+        os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--steps", "6", "--log-every", "100", "--resume", str(tmp_path / "nan.pt"))
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "non-finite" in error and "loss" in error
-    assert (tmp_path / "ckpt.pt").read_bytes() == good
+        fit(tmp_path, "--steps", "4")
+    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_a_second_run_in_one_folder_is_refused_and_the_first_goes_on(tmp_path, monkeypatch, capsys):
+    update, lines = train.update_ema, []
+
+    def meanwhile(*args):
+        update(*args)
+        if not lines:
+            lines.append("")
+            lines[0] = refused(capsys, main, [*TINY, "--steps", "1", "--out", tmp_path])
+
+    monkeypatch.setattr(train, "update_ema", meanwhile)
+    assert fit(tmp_path, "--steps", "3")["step"] == 3
+    assert "another run is writing to" in lines[0] and not (tmp_path / ".lock").exists()
+
+
+# ---- The command line ----
+
+def test_a_run_that_continues_has_its_stored_flags(tmp_path, capsys):
+    fit(tmp_path / "a", "--steps", "1", "--seed", "3", "--levels", "5", "5", "--lr", "0.01")
+    path = tmp_path / "a" / "ckpt.pt"
+    good = path.read_bytes()
+    for flags, words in [
+            ([], "exists: continue it with --resume"),
+            (["--resume"], "has finished its 1 steps: raise --steps"),
+            (["--resume", "--steps", "2", "--seed", "4"], "--seed was 3, is 4"),
+            (["--resume", "--steps", "2", "--levels", "5", "7"], "--levels was [5, 5], is [5, 7]"),
+            (["--resume", "--steps", "2", "--optimizer", "adamw"], "--optimizer was muon"),
+            (["--resume", "--steps", "2", "--model", "dit"], "checkpoint of a tokenizer")]:
+        line = refused(capsys, main, ["--model", "tokenizer", "--out", tmp_path / "a", *flags])
+        assert words in line and path.read_bytes() == good
+    main(["--resume", str(path), "--steps", "3", "--lr", "0.004", "--log-every", "2"])
+    error = capsys.readouterr().err
+    assert "from here on with other settings: " in error
+    assert "--steps was 1, is 3" in error and "--lr was 0.01, is 0.004" in error
+    assert "log" not in error.split("settings: ")[1].split("\n")[0]  # changes nothing
+    state = load_checkpoint(path)
+    assert state["step"] == 3 and state["args"]["seed"] == 3 and state["args"]["levels"] == [5, 5]
+    assert [(row["step"], float(row["lr"])) for row in rows(tmp_path / "a") if row["lr"]] == [
+        ("1", 0.01), ("2", 0.004)]
+    moved = train.parse_args(["--resume", str(path), "--out", str(tmp_path / "b"), "--steps", "4"])
+    assert moved.out == tmp_path / "b" and moved.lr == 0.004
+
+
+def test_help_shows_the_defaults_of_the_preset(capsys):
+    texts = []
+    for argv in ["--model", "tokenizer"], ["--model", "dit", "--size", "L", "--help"]:
+        with pytest.raises(SystemExit) as stop:
+            main([*argv, "--help"])
+        assert stop.value.code == 0
+        texts.append(" ".join(capsys.readouterr().out.split()))
+    nano, large = train.SCHEDULES["tokenizer", "nano"], train.SCHEDULES["dit", "paper"]
+    for text, values in zip(texts, (nano, large)):
+        assert f"steps in all (default: {values['steps']})" in text
+        assert f"warm-up and cool-down (default: {values['lr']})" in text
+        assert f"class Muon (default: {values['optimizer']})" in text
+    assert "(default: [17, 17, 17, 17])" in texts[0]
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--image-size", "30", "--downsample", "4"], "not a multiple"),
-    (["--downsample", "3"], "power of 2"),
-    (["--image-size", "1", "2", "3"], "one side or height and width"),
-    (["--batch-size", "64"], "larger than the 24 training images"),
-    (["--batch-size", "5", "--grad-accum", "2"], "cannot be divided"),
-    (["--levels", "1", "5"], "at least 2"),
-    (["--quantizer", "vq", "--levels", "65", "65", "65", "65", "65"], "too large"),
-    (["--data", "/no/such/folder"], "no such folder"),
-    (["--disc-start", "0", "--disc-layers", "4"], "needs images of 48 px"),
-    (["--steps", "0"], "at least 1"),
-    (["--cooldown", "1.5"], "below 1"),
-    (["--resume"], "no such checkpoint"),
+    (["--quantizer", "vq", "--levels", "65", "65", "65", "65", "65"], "2 to 2^24 vectors"),
+    (["--disc-start", "0", "--image-size", "8"], "--disc-start"),
+    (["--hidden", "6"], "multiples of num_groups"),
+    (["--image-size", "8", "8", "8"], "one side, or height and width"),
     (["--init-from", "LICENSE"], "not a whole checkpoint"),
-    (["--perceptual-weight", "1", "--pretrained", "{tmp}"], "vgg16-397923af.pth could not be downloaded"),
+    (["--perceptual-weight", "1", "--pretrained", "{tmp}"], "vgg16-397923af.pth"),
 ])
-def test_mistakes_end_in_one_line(tmp_path, capsys, monkeypatch, flags, words):
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "out", "--steps", "1", *(flag.format(tmp=tmp_path) for flag in flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.startswith("train.py: ") and error.count("\n") == 1
-    assert not (tmp_path / "out" / "ckpt.pt").exists()
-
-
-def offline(url, path, hash_prefix):
-    raise OSError("no network")
-
-
-def test_nothing_is_overwritten(tmp_path, capsys):
-    run(tmp_path, "--steps", "1")
-    good = (tmp_path / "ckpt.pt").read_bytes()
-    for flags, words in [([], "--resume"), (["--resume", "--lr", "0.5"], "--lr was 0.002, is 0.5"),
-                         (["--resume", "--steps", "1"], "nothing is left")]:
-        with pytest.raises(SystemExit):
-            run(tmp_path, "--steps", "2", *flags)
-        assert words in capsys.readouterr().err and (tmp_path / "ckpt.pt").read_bytes() == good
-
-
-def test_harmless_flags_may_change_on_resume(tmp_path):
-    args = parse_args([*TINY, "--out", str(tmp_path)])
-    saved = {**train.plain_args(args), "steps": 7, "num_workers": 3, "log_every": 9}
-    check_resume(args, {"args": saved})
-    with pytest.raises(UsageError, match="--seed was 1, is 0"):
-        check_resume(args, {"args": {**saved, "seed": 1}})
+def test_mistakes_end_in_one_line(tmp_path, capsys, flags, words):
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    line = refused(capsys, main, [*TINY, "--out", tmp_path / "out", "--steps", "1", *flags])
+    assert words in line and not (tmp_path / "out").exists()
 
 
 def test_a_bad_image_in_a_loader_process_is_named(tmp_path, capsys):
     data = make_images(tmp_path / "data")
     for path in data.iterdir():
         path.write_bytes(b"broken")
-    with pytest.raises(SystemExit):
-        run(tmp_path / "out", "--data", str(data), "--num-workers", "1", "--steps", "1")
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "cannot read the image" in error and str(data) in error
+    line = refused(capsys, main, [*TINY, "--out", tmp_path / "out", "--data", data, "--steps", "1",
+                                  "--num-workers", "1"])
+    assert "cannot read the image" in line and str(data) in line
 
+
+# ---- Checkpoints ----
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
-    save_checkpoint(path, {"format": 1, "value": 1})
+    save_checkpoint(path, {"value": 1})
 
     def full(state, file):
         file.write(b"half")
@@ -232,60 +378,67 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UsageError, match="No space left"):
-        save_checkpoint(path, {"format": 1, "value": 2})
-    assert load_checkpoint(path)["value"] == 1 and list(tmp_path.iterdir()) == [path]
+        save_checkpoint(path, {"value": 2})
+    assert train.read_file(path)["value"] == 1 and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"hello"])
-def test_damaged_checkpoints_are_refused(tmp_path, content):
-    (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(UsageError, match="not a whole checkpoint"):
-        load_checkpoint(tmp_path / "a.pt")
-    torch.save([1, 2], tmp_path / "b.pt")
-    with pytest.raises(UsageError, match="it holds a list"):
-        load_checkpoint(tmp_path / "b.pt")
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
 
 
-def test_code_in_a_checkpoint_does_not_run(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "exploded",))
-
-    torch.save({"format": 1, "model": Bomb()}, tmp_path / "bomb.pt")
-    with pytest.raises(UsageError, match="not a whole checkpoint"):
-        load_checkpoint(tmp_path / "bomb.pt")
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_pretrained_files_are_checked(tmp_path):
-    (tmp_path / "lpips_alex.pth").write_bytes(b"not it")
-    with pytest.raises(UsageError, match="not the published file"):
-        fetch("lpips_alex.pth", tmp_path)
+@pytest.mark.parametrize("content, words", [
+    (b"", "not a whole checkpoint"), (b"PK\x03\x04 not a zip", "not a whole checkpoint"),
+    (b"hello", "not a whole checkpoint"), ([1, 2], "it holds a list"),
+    ({"format": 2, "model": Bomb()}, "not a whole checkpoint"),
+    ({"format": 2, "kind": "tokenizer", "args": {}}, "its network is a NoneType")])
+def test_damaged_checkpoints_are_refused_and_run_no_code(tmp_path, monkeypatch, content, words):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UsageError, match=words):
+        load_checkpoint(path)
+    assert not Path("exploded").exists()
 
 
-def test_update_ema():
-    model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    expected = 0.75 * ema.weight.detach() + 0.25 * model.weight.detach()
-    update_ema(ema, model, 0.75, step=10**6)
-    torch.testing.assert_close(ema.weight.detach(), expected)
-    update_ema(ema, model, 0.75, step=0)  # decay min(0.75, 1/10)
-    torch.testing.assert_close(ema.weight.detach(), 0.1 * expected + 0.9 * model.weight.detach())
+@pytest.fixture
+def first_format(tmp_path, monkeypatch):
+    """Unpacks tests/golden/format1_KIND.pt.xz: (path, what its own version computed)."""
+    monkeypatch.setitem(train.llamagen.SIZES, "nano", (1, 8, 2))
+    monkeypatch.setitem(train.dit.SIZES, "nano", (1, 8, 2))
+
+    def unpack(kind):
+        packed = Path(__file__).parent / "golden" / f"format1_{kind}.pt.xz"
+        path = tmp_path / kind / "ckpt.pt"
+        path.parent.mkdir()
+        path.write_bytes(lzma.decompress(packed.read_bytes()))
+        return path, train.read_file(path)["expected"]
+    return unpack
 
 
-def test_seeds_differ_by_step_and_rank_and_repeat():
-    keys = [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0), (0, 1), (0, 10), (1, 0)]
-    assert len({seed_of(*key) for key in keys}) == len(keys)
-    assert seed_of(0, 1, 0) == seed_of(0, 1, 0) and all(0 <= seed_of(*key) < 2**63 for key in keys)
+@pytest.mark.parametrize("kind", ["tokenizer", "llamagen", "dit"])
+def test_checkpoints_of_the_first_format(first_format, tmp_path, capsys, kind):
+    """They compute what they did, are evaluated, and continue."""
+    path, expected = first_format(kind)
+    state = load_checkpoint(path, kind)
+    model = {**train.MODELS, "tokenizer": train.Tokenizer}[kind](**state["network"]).eval()
+    train.load_weights(model, state, "ema")
 
+    def ramp(*shape):
+        return torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
 
-def test_log_means_cover_the_rows_between(tmp_path):
-    log = Log(tmp_path / "log.csv", 0, {})
-    log.add({"loss": torch.tensor(1.0)})
-    log = Log(tmp_path / "log.csv", 0, log.state())  # as over a resume
-    log.add({"loss": torch.tensor(2.0)})
-    assert log.means() == {"loss": 1.5} and log.means() == {}
+    with torch.no_grad():
+        if kind == "tokenizer":
+            output = model(ramp(1, 3, 16, 16))[0]
+        elif kind == "llamagen":
+            output = model(torch.tensor([3]), torch.arange(16)[None])[0]
+        else:
+            output = model(ramp(1, 3, 4, 4), torch.tensor([0.3]), torch.tensor([3]))
+    close(output.view(expected.shape), expected)
 
-
-def test_dtype_follows_the_device():
-    assert pick_dtype("fp16", torch.device("cpu")) == torch.float16
-    assert pick_dtype("auto", torch.device("mps")) == torch.float32
+    evaluate.main([str(path), "--device", "cpu", "--num-samples", "3"])
+    main(["--resume", str(path), "--steps", "3", "--cache-dir", str(tmp_path / "cache")])
+    assert "--steps was" in capsys.readouterr().err
+    after = load_checkpoint(path)
+    assert (after["format"], after["step"], after["args"]["optimizer"]) == (2, 3, "adamw")
+    assert after["network"] == state["network"]
