@@ -400,7 +400,9 @@ def flow_matching_loss(model, x1, labels, noise, t, cosine=True, drop=None, hidd
     loss = (velocity - target).square().mean(dim=(1, 2, 3))    # (B,)
     result["mse"] = loss.detach()
     if cosine:
-        similarity = F.cosine_similarity(velocity, target, dim=1)             # (B, h, w)
+        # A new model's velocity is 0, where the gradient is 1/eps: the usual eps of 1e-8 makes it
+        # overflow fp16.
+        similarity = F.cosine_similarity(velocity, target, dim=1, eps=1e-3)   # (B, h, w)
         distance = (1 - similarity).mean(dim=(1, 2))           # (B,)
         result["cosine"] = distance.detach()
         loss = loss + distance
@@ -419,7 +421,7 @@ def time_grid(steps, timestep_shift=1.0):
     """
     if steps < 1 or timestep_shift < 0:
         raise ValueError(f"steps {steps} and timestep_shift {timestep_shift}: need steps >= 1 and "
-                         "a shift > 0 (1 or 0 = uniform)")
+                         "a shift >= 0 (1 or 0 = uniform)")
     shift = timestep_shift or 1.0
     uniform = [k / steps for k in range(steps + 1)]
     return [shift * t / (1 + (shift - 1) * t) for t in uniform]

@@ -99,9 +99,10 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
             originals.update(x, part)
             rebuilt.update(y, part)
 
-    report = measure_tokenizer(model, images, places, processes, metrics, watch, args.batch_size,
-                               args.num_workers)
-    keep.finish([images.labels[i] for i in places.tolist()])
+    with building(path):
+        report = measure_tokenizer(model, images, places, processes, metrics, watch,
+                                   args.batch_size, args.num_workers)
+    keep.finish(labels_by_name(images, checkpoint["classes"])[places].tolist())
     if processes.rank == 0:
         draw_reconstructions(args.out / f"{name}.png", model, images, processes)
     bits = model.bits_per_image(*size)
@@ -119,6 +120,15 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
                       "learned yet")
     return describe(path, checkpoint, args, processes, results, data=data, split=split,
                     image_size=size, **about)
+
+
+def labels_by_name(images, known):
+    """The labels of all images (N,) int64, as numbers of the `known` classes if these are some of
+    them. A tokenizer may meet any images."""
+    labels = torch.tensor(images.labels)
+    if not set(images.classes) <= set(known):
+        return labels
+    return torch.tensor([known.index(name) for name in images.classes])[labels]
 
 
 def ssim(x, y):
@@ -371,8 +381,11 @@ def try_validation(path, checkpoint, codec, args, processes):
     trained = checkpoint["args"]
     try:
         data, split, images = open_evaluation(
-            checkpoint, args, processes, classes=checkpoint["classes"],
-            unconditional=trained.get("unconditional", False))
+            checkpoint, args, processes, unconditional=trained.get("unconditional", False),
+            classes=None if checkpoint.get("public") else checkpoint["classes"])
+        if len(images.classes) != len(checkpoint["classes"]):  # public files know only numbers
+            raise UsageError(f"{path} knows {len(checkpoint['classes'])} classes, {data} has "
+                             f"{len(images.classes)}")
     except UsageError as error:
         if args.data:
             raise
@@ -457,8 +470,8 @@ def find_judge(checkpoint, args, processes):
     """The Judge of a generator's samples: --judge, or the classifier that was its teacher."""
     teacher = read_teacher(args.judge) if args.judge else checkpoint.get("teacher", {})
     if args.judge and teacher["kind"] != "classifier":
-        raise UsageError(f"--judge {args.judge} holds no classifier: name the teacher/ckpt.pt of an "
-                         "aligned run")
+        raise UsageError(f"--judge {args.judge} holds no classifier: name the teacher/ckpt.pt "
+                         "of an aligned run")
     known = set(teacher.get("classes", ()))
     if teacher.get("kind") != "classifier" or not known.issuperset(checkpoint["classes"]):
         return None
@@ -528,9 +541,12 @@ def open_npz(path):
         except (OSError, MemoryError) as error:
             raise UsageError(f"{path} cannot be read as .npz ({error})")
         for name, value in stored.items():
-            if value.shape[-1:] != (STATISTICS[name],) or not value.isfinite().all():
+            size = STATISTICS[name]
+            rows = {"mu": (), "mu_s": (), "sigma": (size,), "sigma_s": (size,)}
+            shape = (*rows.get(name, value.shape[:1]), size)
+            if value.shape != shape or not value.isfinite().all():
                 raise UsageError(f"{path}: its {name} is not of Inception features "
-                                 f"({STATISTICS[name]} finite numbers a row)")
+                                 f"({size} finite numbers a row)")
         if array is not None and (array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape
                                   or array.dtype != np.uint8):
             raise UsageError(f"{path}: arr_0 is {array.dtype} {array.shape}, but images are uint8 "
@@ -653,8 +669,8 @@ def compare(reference, samples, args, names, processes, letter=""):
     few = min(counts, default=FEW)
     suffix = f"@{few}" if few < FEW else ""  # the name says of how many images
     if suffix and names & {"fid", "sfid"}:
-        processes.say(f"warning: with fewer than {FEW} images the Frechet distance is too large, by "
-                      f"an amount that depends on their number; kid has no such bias")
+        processes.say(f"warning: with fewer than {FEW} images the Frechet distance is too large, "
+                      "by an amount that depends on their number; kid has no such bias")
     random = about[1]["inception"] == "random"
     tag = "random-" if random else ""        # random features give no FID or KID
     letter = "" if random else letter
@@ -1246,10 +1262,10 @@ def table_row(name, report):
     row = {"checkpoint": name, "step": str(report["step"])}
     if report["kind"] == "tokenizer":
         codes = results["codes"]
-        row.update(quantizer=report["training"]["quantizer"], images=str(results["images"]),
-                   psnr=form(results["psnr"], ".2f"), floor=form(results["floor"], ".2f"),
-                   ssim=form(results["ssim"], ".4f"), lpips=form(results["lpips"], ".4f"),
-                   **distances)
+        row.update(quantizer=report["training"].get("quantizer", "-"),
+                   images=str(results["images"]), psnr=form(results["psnr"], ".2f"),
+                   floor=form(results["floor"], ".2f"), ssim=form(results["ssim"], ".4f"),
+                   lpips=form(results["lpips"], ".4f"), **distances)
         if codes:
             least = min(channel["use"] for channel in codes["channels"])
             row.update({"codes": f"{codes['codes_used']}/{codes['codebook_size']}",
@@ -1324,8 +1340,8 @@ def print_probes(probes, args):
 def parse_args(argv=None):
     """The command line as a Namespace."""
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="checkpoints, one row of the "
-                        "table each; or two sets of images, the reference first: folders (each "
+    parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="checkpoints, one row of "
+                        "the table each; or two sets of images, the reference first: folders (each "
                         "image in its own size, uncropped), .npz with arr_0 (N,H,W,3) uint8 or "
                         "with mu and sigma")
     add = parser.add_group("images")
@@ -1382,8 +1398,8 @@ def parse_args(argv=None):
     add("--timestep-shift", "DiT: below 1 smaller steps near the noise, above 1 near the data",
         type=number(float, 0, 1e6, "number"), metavar="S")
     add("--seed", "of samples and random labels", type=WHOLE, default=0)
-    add("--save-npz", "keep the samples, or a tokenizer's reconstructions, as OUT/NAME.npz in ADM's "
-        "format: arr_0 (N,H,W,3) uint8, arr_1 labels", action="store_true")
+    add("--save-npz", "keep the samples, or a tokenizer's reconstructions, as OUT/NAME.npz in "
+        "ADM's format: arr_0 (N,H,W,3) uint8, arr_1 labels", action="store_true")
     add("--save-images", "keep them as OUT/NAME/000000.png, ...", action="store_true")
 
     add = parser.add_group("files of the public code: what they do not say, or say wrongly")
@@ -1392,7 +1408,7 @@ def parse_args(argv=None):
     add("--image-size", "side, or height and width, pixels", nargs="+",
         type=number(int, 1, 2**14, "integer"), metavar="PX")
     add("--levels", "code values of each channel", nargs="+",
-        type=number(int, 2, 2**31 - 1, "integer"), metavar="L")
+        type=number(int, 2, 2**16, "integer"), metavar="L")
     add("--alpha", "slope of the quantizer's sigmoid", type=slope, metavar="A")
     add("--latent-scale", "factor of DiT's latents, z = latents / S",
         type=number(float, 1e-6, 1e6, "number"), metavar="S")

@@ -12,8 +12,11 @@ one number in it, alpha, from 2.0 (for which 2*sigmoid(2z) - 1 = tanh(z)) to 1.6
     z_q   = q / h                          on the grid {-1, ..., 1}
     index = sum_i (q_i + h_i) * basis_i    basis = [1, L_1, L_1*L_2, ...]
 
-Why 1.6: the outputs of an encoder are close to N(0, 1). The sigmoid that best imitates the CDF of
-a Gaussian makes y nearly uniform, while tanh is too steep and crowds y near -1 and 1.
+These lines hold for odd L. An even L has no level in the middle, so `grid` moves it by half a step.
+
+Why 1.6: the outputs of an encoder are close to N(0, 1), and the CDF of a Gaussian would make y
+exactly uniform. The sigmoid with alpha = 2*sqrt(2/pi) = 1.596 has the slope of that CDF at 0, so
+y is nearly uniform, while tanh is too steep and crowds y near -1 and 1.
 
 What the paper does not say: rounding y*h leaves the two outermost bins half as wide as the others,
 so uniform y does not mean uniform indices. For z ~ N(0, 1) and L = 9 their entropy is 0.972 of
@@ -44,7 +47,7 @@ def bound(z, alpha=1.6):
     """The paper's one line: z (any shape, any reals) -> y in [-1, 1], fp32.
 
     alpha is a number or "erf", the Gaussian CDF itself, for which y is exactly uniform if
-    z ~ N(0, 1). The sigmoid nearest to that CDF has alpha = 1.702.
+    z ~ N(0, 1). With alpha = 1.702 the largest gap between the sigmoid and that CDF is smallest.
     """
     z = z.float()  # bf16 has 8 bits of mantissa: it would move 10% of the indices at 17 levels
     if alpha == "erf":

@@ -1,6 +1,7 @@
 """LlamaGen: a Llama that generates an image as a sequence of token indices, in reading order.
 
-    image -> Tokenizer -> h x w indices --[ this file ]--> new indices -> Tokenizer.decode -> image
+    image -> Tokenizer.encode -> h x w indices --[ this file ]--> new indices
+    new indices -> Tokenizer.decode_indices -> image
 
 The model learns p(indices | class), the product over i of p(index_i | class, indices before i),
 with cross-entropy. It is sampled token by token. This file needs only torch. As in dit.py, the
@@ -15,7 +16,8 @@ Multi-index tokens. Four iFSQ channels of 17 levels make 17^4 = 83,521 indices. 
 one softmax: its two tables would outweigh a small network, and most indices are too rare to learn.
 But an index is a number in base 17, so it can be split into two digits in base 17^2 = 289, one for
 channels 0 and 1 and one for channels 2 and 3. A token then enters as the sum of two embeddings and
-is predicted by two softmaxes over 289, the second of which is given the first digit.
+is predicted by two softmaxes over 289, the second of which is given the first digit. (In fsq.py a
+digit is one channel. Here a digit is a group of channels.)
 
 Shape letters: B batch, T = h*w tokens, C width, N heads, D = C/N width of a head, G digits of a
 token (1 unless multi-index), V values of a digit.
@@ -29,7 +31,7 @@ Usage
     labels, indices = torch.randint(10, (8,)), torch.randint(625, (8, 16))
     logits = model(labels, indices, drop=torch.rand(8) < 0.1)
     cross_entropy(logits, indices).backward()
-    images = sample(model.eval(), labels, torch.rand(8, 16, 2))     # (8, 16), each in [0, 625)
+    new = sample(model.eval(), labels, torch.rand(8, 16, 2))        # (8, 16), each in [0, 625)
 """
 import math
 
@@ -205,7 +207,7 @@ class LabelEmbedding(nn.Module):
 
 
 class LlamaGen(nn.Module):
-    """Class and indices in, logits of every index out.
+    """Class and indices in, logits of each digit of every token out.
 
     grid            (h, w) of the tokens, not necessarily equal
     vocab_sizes     values of each digit of a token: [V] is plain LlamaGen, [289, 289] multi-index
@@ -279,7 +281,7 @@ class LlamaGen(nn.Module):
         return rope_table(*self.grid, self.dim // self.n_head, device=device)
 
     def forward(self, labels, indices, drop=None, hidden_layer=None):
-        """Logits of every index given the class and the indices before it.
+        """Logits of the digits of every token, given the class and the indices before it.
 
         labels        (B,) int64 in [0, num_classes]
         indices       (B, T) int64 in reading order, or their digits (B, T, G); all T of them, the

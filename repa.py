@@ -12,9 +12,9 @@ machines, a classifier trained on the data set. This file needs only torch.
 
 Sources
   [1] Yu et al., "Representation Alignment for Generation", arXiv 2410.06940;
-  github.com/sihyun-yu/REPA [2] iFSQ, arXiv 2601.17124; github.com/Tencent-Hunyuan/iFSQ: REPA for
-  autoregressive models, at one
-      third of the depth, with weight 2.0 instead of diffusion's 0.5; self- and next-token
+      github.com/sihyun-yu/REPA
+  [2] iFSQ, arXiv 2601.17124; github.com/Tencent-Hunyuan/iFSQ: REPA for autoregressive models, at
+      one third of the depth, with weight 2.0 instead of diffusion's 0.5; self- and next-token
       similarity
   [3] Oquab et al., "DINOv2", arXiv 2304.07193; Darcet et al., "Vision Transformers Need Registers",
       arXiv 2309.16588; github.com/facebookresearch/dinov2, whose parameter names are kept
@@ -362,7 +362,7 @@ def train_classifier(model, batches, optimizer, steps, device):
         rising = (step + 1) / (0.1 * steps)
         falling = (steps - step) / (0.9 * steps)
         for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * min(rising, falling)
+            group["lr"] = peak * min(1, rising, falling)
         images, labels = next(batches)
         logits = model(random_shift(images.to(device)))        # (B, num_classes)
         loss = F.cross_entropy(logits, labels.to(device), label_smoothing=0.1)

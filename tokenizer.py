@@ -18,7 +18,8 @@ Letters: B batch, C channels, H W pixels, h w latent grid, d latent channels.
 
     import torch
     from tokenizer import Tokenizer
-    tokenizer = Tokenizer("ifsq", levels=[17] * 4, hidden=32, multipliers=[1, 2, 2])  # 4x down
+    tokenizer = Tokenizer("ifsq", levels=[17] * 4, hidden=32, multipliers=[1, 2, 2],  # 4x down
+                          num_groups=8)
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     z, indices = tokenizer.encode(x)                          # (1, 4, 8, 8), (1, 8, 8)
     assert torch.allclose(tokenizer.decode_indices(indices), tokenizer.decode(z), atol=1e-5)

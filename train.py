@@ -189,11 +189,16 @@ SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".
             ".webp"}
 FLAT = "images"  # the class of a folder without class folders
 TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation")
+LEFTOVERS = (".", "@", "#recycle", "$RECYCLE", "__MACOSX", "lost+found")
 
 
 def is_hidden(name):
     """Whether a program left this file or folder behind: .thumbnails, ._a.jpg, @eaDir."""
-    return name.startswith((".", "@eaDir", "__MACOSX"))
+    return name.startswith(LEFTOVERS)
+
+
+def is_image(name):
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not is_hidden(name)
 
 
 def subfolders(folder):
@@ -201,8 +206,9 @@ def subfolders(folder):
     return sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 
-def find_images(folder, left_out=None):
-    """The image files below a folder, sorted, links followed. A folder linked twice counts once.
+def walk_images(folder, left_out=None):
+    """The image files below a folder, one by one, links followed. A folder linked twice counts
+    once, and a link to a folder above it not at all.
 
     left_out: a dictionary that counts the other files by suffix. A folder that may not be read
     raises PermissionError.
@@ -210,22 +216,40 @@ def find_images(folder, left_out=None):
     def refuse(error):
         raise error
 
-    paths, visited = [], set()
+    visited = set(map(str, Path(os.path.realpath(folder)).parents))
     for where, names, files in os.walk(folder, onerror=refuse, followlinks=True):
         names[:] = [name for name in names if not is_hidden(name)]
         real = os.path.realpath(where)
-        if real in visited:  # a link to a folder above it would never end
+        if real in visited:
             names.clear()
             continue
         visited.add(real)
         for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES and not is_hidden(name):
-                paths.append(Path(where, name))
+            if is_image(name):
+                yield Path(where, name)
             elif left_out is not None:
+                suffix = os.path.splitext(name)[1].lower()
                 kind = "hidden" if is_hidden(name) else suffix or "no suffix"
                 left_out[kind] = left_out.get(kind, 0) + 1
-    return sorted(paths)
+
+
+def find_images(folder, left_out=None):
+    """What `walk_images` finds, sorted."""
+    return sorted(walk_images(folder, left_out))
+
+
+def holds_images(path):
+    """Whether it is an image or a folder with one somewhere below it."""
+    if path.is_dir():
+        return any(True for _ in walk_images(path))
+    return is_image(path.name)
+
+
+def unwrapped(folder):
+    """The folder in it that holds all its images, in folders again; None if there is none."""
+    inside = [p for p in folder.iterdir() if not is_hidden(p.name) and holds_images(p)]
+    if len(inside) == 1 and inside[0].is_dir() and any(map(holds_images, subfolders(inside[0]))):
+        return inside[0]
 
 
 def find_splits(folder):
@@ -234,18 +258,15 @@ def find_splits(folder):
     Takes train/ and val/ in any case, or training/ and validation/. A folder that holds nothing
     but one folder of folders stands for that one.
     """
-    folders = subfolders(folder)
-    by_name = {p.name.lower(): p for p in folders}
+    by_name = {p.name.lower(): p for p in subfolders(folder)}
     train = next((by_name[name] for name in TRAIN_NAMES if name in by_name), None)
     val = next((by_name[name] for name in VAL_NAMES if name in by_name), None)
     if train and not val:
         val = by_name.get("test")
     if train or val:
         return train or val, val if train else None
-    images_here = any(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
-    if len(folders) == 1 and not images_here and subfolders(folders[0]):
-        return find_splits(folders[0])
-    return folder, None
+    inner = unwrapped(folder)
+    return find_splits(inner) if inner else (folder, None)
 
 
 class Folder(Dataset):
@@ -285,6 +306,11 @@ class Folder(Dataset):
                 self.targets += [label] * len(by_class.get(name, []))
         total = sum(len(paths) for part in parts for paths in part.values())
         self.about = f"{len(self.paths)} of {total} images, {len(self.classes)} classes ({rule})"
+        if train.name.lower() in TRAIN_NAMES + VAL_NAMES:
+            beside = [p.name for p in sorted(train.parent.iterdir())
+                      if p not in (train, val) and not is_hidden(p.name) and holds_images(p)]
+            if beside:
+                self.about += f"; not used: {', '.join(beside[:6])}"
         if self.left_out:
             others = ", ".join(f"{n} {kind}" for kind, n in sorted(self.left_out.items())[:6])
             self.about += f"; left out: {others}"
@@ -294,10 +320,11 @@ class Folder(Dataset):
 
     def by_class(self, folder):
         """{class name: sorted paths} of one folder."""
+        while inner := unwrapped(folder):
+            folder = inner
         folders = {p.name: find_images(p, self.left_out) for p in subfolders(folder)}
         classes = {name: paths for name, paths in folders.items() if paths}
-        side_by_side = [p for p in folder.iterdir()
-                        if p.suffix.lower() in SUFFIXES and not is_hidden(p.name)]
+        side_by_side = [p for p in sorted(folder.iterdir()) if p.is_file() and is_image(p.name)]
         if classes and side_by_side:
             raise UsageError(
                 f"--data {folder}: {len(side_by_side)} images (such as {side_by_side[0].name}) lie "
@@ -360,6 +387,7 @@ def read_image(path):
     if not os.path.isfile(path):   # a FIFO would wait for ever
         raise ValueError("not a regular file")
     image = Image.open(path)
+    image.load()
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         top = {"F": 1.0, "I": 255.0}.get(image.mode, 65535.0)
@@ -369,7 +397,8 @@ def read_image(path):
             raise ValueError(f"values of mode {image.mode} from {values.min():g} to "
                              f"{values.max():g} have no known scale: save it with 8 bits")
         image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # damaged EXIF data say nothing about the pixels
+        image = ImageOps.exif_transpose(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -498,6 +527,9 @@ def open_splits(args, processes, classes=None):
                                   args.skip_bad_images, classes, args.unconditional)
                       for split in ("train", "val"))
     processes.say(f"{args.data}: {train.source.about}; validation: {val.source.about}")
+    absent = set(train.classes) - {train.classes[label] for label in train.labels}
+    if absent:
+        processes.say(f"no training images of {', '.join(sorted(absent)[:5])}")
     return train, val
 
 
@@ -720,8 +752,11 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
         with processes.autocast():
             pre = model.pre(to_float(x, device))
             z, indices, _ = model.quantize(pre)
-            y = to_uint8(model.decode(z)).cpu()  # .cpu() waits for the device
+            output = model.decode(z)
+            y = to_uint8(output).cpu()  # .cpu() waits for the device
         seconds += time.perf_counter() - begin
+        if not (pre.isfinite().all() and output.isfinite().all()):  # as pixels they would be 0
+            raise ValueError("the reconstructions became non-finite")
         a, b = (pictures.to(device, exact) / 255 for pictures in (x, y))
         for column, metric in enumerate(metrics.values()):
             scores[part, column] = metric(a, b).to("cpu", exact)
@@ -892,7 +927,7 @@ def open_cache(path, shape, dtype, codebook_size):
     try:
         if not path.is_file():
             return None
-        array = np.load(path, mmap_mode="r")
+        array = np.lib.format.open_memmap(path, "r")
         if array.shape != shape or array.dtype != dtype:
             return None
         for part in np.array_split(array, max(1, array.nbytes // 2**26)):
@@ -1184,6 +1219,8 @@ class GeneratorTraining:
             ema = MODELS[self.args.model](**self.header["network"]).to(self.processes.device)
             ema.load_state_dict(module_state(self.ema, on_all=True))
         value = validate_generator(self.task, ema, self.codec, self.val_tokens, self.processes)
+        if not math.isfinite(value):
+            raise ValueError(f"{self.task.val_column} became {value}")
         if self.processes.rank == 0:
             settings = dict(self.task.sampling)
             if "sample_steps" in settings:
@@ -1298,12 +1335,12 @@ def load_teacher(teacher, folder, processes):
     if teacher["kind"] == "classifier":
         with building("the teacher"):
             model = repa.Classifier(**teacher["network"])
+            name = (f"classifier of {len(teacher['classes'])} classes, accuracy "
+                    f"{teacher['accuracy']:.1%}")
         load_weights(model, teacher, "ema")
         model = model.to(processes.device, memory_format=torch.channels_last)
-        name = (f"classifier of {len(teacher['classes'])} classes, accuracy "
-                f"{teacher['accuracy']:.1%}")
     else:
-        name = teacher["source"]
+        name = str(teacher.get("source"))
         with processes.in_turn(), building(f"--repa-teacher {name}"):
             model = repa.load_dinov2(name, folder).to(processes.device)
     return model.eval().requires_grad_(False), name
@@ -1323,7 +1360,8 @@ def fit(training, args, processes, saved):
     if saved:
         start = saved["step"]
         load_training(training, scaler, saved, processes)
-    log = Log(args.out / "log.csv", start, saved, processes.rank)
+    with building("the checkpoint's log"):
+        log = Log(args.out / "log.csv", start, saved, processes.rank)
     bar = tqdm(total=args.steps, initial=start, desc=args.model, unit="step", smoothing=0.05,
                disable=processes.quiet())
     entries = {name: saved[name] for name in ("latents",) if saved and name in saved}
@@ -1375,7 +1413,10 @@ def fit(training, args, processes, saved):
                 row["lr"] = args.lr * factor
                 bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}")
             if validating:
-                columns, entries = training.validate()
+                try:
+                    columns, entries = training.validate()
+                except ValueError as error:  # finite weights may still give infinite numbers
+                    raise UsageError(f"{error} {log.advice(done)}")
                 row.update(columns)
                 processes.say(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
                 log.restart_clock(done)
@@ -1587,7 +1628,7 @@ class Processes(NamedTuple):
     @contextlib.contextmanager
     def in_turn(self):
         """The first process of each machine goes ahead, and downloads; the others follow."""
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        first = self.world == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
         if not first:
             self.barrier()
         try:
@@ -1721,8 +1762,10 @@ def only_run_in(folder, processes):
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise UsageError(f"another run is writing to {folder}: wait, or choose another --out")
+        except OSError:
+            pass  # some network disks know no locks
         try:
             yield
         finally:
@@ -1776,8 +1819,11 @@ def read_file(path):
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True,
-                           mmap=zipfile.is_zipfile(path))
+        with open(path, "rb") as file:  # torch takes no path that is not UTF-8
+            mmap = zipfile.is_zipfile(path) and str(path).encode(errors="replace") == os.fsencode(
+                path)
+            state = torch.load(path if mmap else file, map_location="cpu", weights_only=True,
+                               mmap=mmap)
     except Exception as error:  # whatever a damaged file makes of the unpickler
         reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
         raise UsageError(f"{path} is not a whole checkpoint ({reason})")
@@ -1806,16 +1852,19 @@ def load_checkpoint(path, kind=None, quiet=False, **overrides):
 
 
 def check_checkpoint(state, path):
-    """Raise UsageError for an entry that is missing or of another type."""
+    """Raise UsageError for an entry that is missing or of another type, or does not fit the
+    others. The flags become what the command line makes of them."""
     types = {"kind": str, "args": dict, "network": dict, "step": int, "ema": dict, "classes": list}
     for name, wanted in types.items():
         if not isinstance(state.get(name), wanted) or isinstance(state[name], bool):
             raise UsageError(f"{path} is not a whole checkpoint: its {name} is a "
                              f"{type(state.get(name)).__name__}, not a {wanted.__name__}")
     names = state["classes"]
-    if state["step"] < 0 or not names or not all(isinstance(name, str) for name in names):
+    count = state["network"].get("num_classes", len(names))
+    if (state["step"] < 0 or not names or not all(isinstance(name, str) for name in names)
+            or not len(set(names)) == len(names) == count):
         raise UsageError(f"{path} is not a whole checkpoint: step {state['step']}, "
-                         f"{len(names)} classes")
+                         f"{len(names)} names of {count} classes")
     if "latents" in state:
         mean, std = (torch.tensor(state["latents"][name]) for name in ("mean", "std"))
         d = len(state["ema"]["quant_conv.bias"]) if "quant_conv.bias" in state["ema"] else len(mean)
@@ -1824,9 +1873,52 @@ def check_checkpoint(state, path):
         if mean.shape != (d,) or std.shape != (d,) or not (mean + std).isfinite().all():
             raise UsageError(f"{path} is not a whole checkpoint: the statistics of its latents "
                              f"are not {d} numbers each")
+    if not state.get("public"):  # the file's own weights say what the network can be
+        state["args"] = stored_args(state["args"], path)
+        lacking = {"data", "image_size"} - state["args"].keys()
+        if lacking and state["kind"] != "classifier":
+            raise UsageError(f"{path} is not a whole checkpoint: its flags lack {min(lacking)}")
+        network = state["network"]
+        layers = max(network.get(name, 0) for name in ("num_res_blocks", "n_layer", "depth"))
+        if layers > len(state["ema"]):
+            raise UsageError(f"{path} is not a whole checkpoint: {layers} layers, and "
+                             f"{len(state['ema'])} weights")
+        with torch.device("meta"):  # shapes without memory
+            model = {**MODELS, "tokenizer": Tokenizer, "classifier": repa.Classifier}[
+                state["kind"]](**network)
+        check_weights(model, state["ema"], f"{path}: the weights 'ema' of a {state['kind']}")
+        for part, needed in ("tokenizer", True), ("teacher", state["args"].get("repa_layer")):
+            if needed and state["kind"] in MODELS and not isinstance(state.get(part), dict):
+                raise UsageError(f"{path} is not a whole checkpoint: it lacks its {part}")
     for part in ("tokenizer", "teacher"):
         if part in state and state[part].get("kind") != "dinov2":
             check_checkpoint(state[part], f"{path}, {part}")
+    if state["kind"] in MODELS and not state.get("public"):
+        codes, f = state["tokenizer"]["network"], len(state["tokenizer"]["network"]["multipliers"])
+        grid = [side // 2 ** (f - 1) for side in state["args"]["image_size"]]
+        here = network.get("input_size", network.get("grid"))
+        size, wanted = network.get("in_channels"), len(codes["levels"])
+        if state["kind"] == "llamagen":
+            size, wanted = math.prod(network["vocab_sizes"]), math.prod(codes["levels"])
+        lacking = state["kind"] == "dit" and "latents" not in state["tokenizer"]
+        if list(here) != grid or size != wanted or lacking:
+            raise UsageError(f"{path} is not a whole checkpoint: its {state['kind']} is for other "
+                             "tokens than its tokenizer makes")
+
+
+def stored_args(args, path):
+    """The flags in a checkpoint, each of the type that the command line gives it."""
+    parser = make_parser()
+    try:
+        known = parser.parse_args([])
+        parsed = plain_args(parser.parse_args(as_argv(args, vars(known))))
+    except UsageError as error:
+        raise UsageError(f"{path} is not a whole checkpoint: {error}")
+    args = {name: parsed[name] if name in parsed and value is not None and value is not False
+            else value for name, value in args.items()}
+    if args.get("image_size"):
+        args["image_size"] = [args["image_size"][0], args["image_size"][-1]]
+    return args
 
 
 def upgraded(state):
@@ -1949,6 +2041,7 @@ def find_weights(state, names):
             continue
         plain = {}
         for key, value in weights.items():
+            key = str(key)
             while key.startswith(("module.", "_orig_mod.")):
                 key = key.split(".", 1)[1]
             plain[key] = value
@@ -1957,19 +2050,24 @@ def find_weights(state, names):
     return {}
 
 
+def check_weights(module, weights, what):
+    """Raise UsageError if the names or shapes of a state dict are not those of the module."""
+    wanted = module.state_dict()
+    wrong = [str(key) for key in wanted.keys() ^ weights.keys()]
+    wrong += [key for key in wanted.keys() & weights.keys()
+              if getattr(weights[key], "shape", None) != wanted[key].shape
+              or weights[key].is_floating_point() != wanted[key].is_floating_point()]
+    if wrong:
+        names = ", ".join(sorted(wrong)[:4])
+        raise UsageError(f"{what} do not fit this model: {len(wrong)} are missing, unexpected or "
+                         f"of another shape ({names})")
+
+
 def load_weights(module, checkpoint, name, what="the checkpoint"):
     """module.load_state_dict(checkpoint[name]) with one line for what does not fit."""
     weights = checkpoint.get(name)
     with building(f"{what} of a {checkpoint.get('kind')}"):
-        wanted = module.state_dict()
-        wrong = [str(key) for key in wanted.keys() ^ weights.keys()]
-        wrong += [key for key in wanted.keys() & weights.keys()
-                  if getattr(weights[key], "shape", None) != wanted[key].shape]
-        if wrong:
-            names = ", ".join(sorted(wrong)[:4])
-            raise UsageError(f"the weights {name!r} of a {checkpoint.get('kind')} do not fit this "
-                             f"model: {len(wrong)} are missing, unexpected or of another shape "
-                             f"({names})")
+        check_weights(module, weights, f"the weights {name!r} of a {checkpoint.get('kind')}")
         broken = [key for key, value in weights.items() if not value.isfinite().all()]
         if broken:
             raise UsageError(f"the weights {name!r} are not finite ({', '.join(broken[:3])}): "
@@ -2027,12 +2125,18 @@ def load_training(training, scaler, saved, processes):
 
 def load_optimizer(module, optimizer, state):
     """Give an optimizer its saved state, which must fit its parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, moments in state["state"].items():
-        for name, value in moments.items():
-            if isinstance(value, torch.Tensor) and value.ndim:
-                if value.shape != parameters[number].shape or not value.isfinite().all():
-                    raise UsageError(f"the optimizer's {name} does not fit parameter {number}")
+    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    if state["state"].keys() not in (set(), set(range(len(pairs)))):
+        raise UsageError("the optimizer's state is not of as many parameters")
+    for number, (parameter, group) in enumerate(pairs if state["state"] else []):
+        count, *names = "step", "exp_avg", "exp_avg_sq"
+        if "muon" in group:
+            count, *names = (None, "momentum") if group["muon"] else ("count", "mean", "square")
+        moments = state["state"][number]
+        wrong = [name for name in names if moments[name].shape != parameter.shape or
+                 not moments[name].is_floating_point() or not moments[name].isfinite().all()]
+        if wrong or count and not 0 <= float(moments[count]) < math.inf:
+            raise UsageError(f"the optimizer's {wrong or count} does not fit parameter {number}")
     if not is_sharded(module):
         own = optimizer.state_dict()["param_groups"]
         if [group.keys() for group in own] != [group.keys() for group in state["param_groups"]]:
@@ -2125,9 +2229,14 @@ class Log:
         if not torch.stack(norms).isfinite().all():
             bad.append("the weights")
         if bad:
-            raise UsageError(f"{', '.join(bad)} became non-finite by step {step}, and nothing was "
-                             "saved since the last good checkpoint: continue that with --resume "
-                             "and a lower --lr")
+            raise UsageError(f"{', '.join(bad)} became non-finite {self.advice(step)}")
+
+    def advice(self, step):
+        """How to go on after a step that went wrong."""
+        if self.path.with_name("ckpt.pt").exists():
+            return (f"by step {step}, and nothing was saved since the last good checkpoint: "
+                    "continue that with --resume and a lower --lr")
+        return f"by step {step}, before anything was saved: begin again with a lower --lr"
 
     def means(self, step, batch_size):
         """{name: mean since the last call}, and how fast it went."""
@@ -2155,10 +2264,10 @@ class Log:
 TOKENIZER_FLAGS = ("quantizer", "levels", "alpha", "edges", "downsample", "hidden", "multipliers",
                    "num_res_blocks", "num_groups")
 # What a run that continues may change. The second row changes what it computes, and is said.
-FREE = ("out", "resume", "data", "num_workers", "save_every", "eval_every", "log_every", "compile",
+FREE = ("out", "resume", "num_workers", "save_every", "eval_every", "log_every", "compile",
         "device", "cache_dir", "tokenizer", "pretrained", "grad_checkpoint", "fsdp",
         "skip_bad_images", "tokenizer_steps", "init_from", "help")
-TUNABLE = ("steps", "lr", "warmup", "cooldown", "grad_clip", "weight_decay", "disc_weight",
+TUNABLE = ("data", "steps", "lr", "warmup", "cooldown", "grad_clip", "weight_decay", "disc_weight",
            "repa_weight", "ema_decay")
 
 
@@ -2234,7 +2343,7 @@ def make_parser():
         type=COUNT, metavar="N")
     add("--quantizer", "bottleneck", choices=QUANTIZERS, default="ifsq")
     add("--levels", "code values of each latent channel; their number is the number of channels "
-        "of every bottleneck", type=number(int, 2, 2**31 - 1, "integer"), nargs="+", metavar="L")
+        "of every bottleneck", type=number(int, 2, 2**16, "integer"), nargs="+", metavar="L")
     add("--alpha", "slope of the quantizer's sigmoid, or erf for the Gaussian CDF; unset, 1.6 for "
         "ifsq and 2.0 for fsq", type=slope, metavar="{A,erf}")
     add("--edges", "the outer bins are half as wide as the others, as in the paper, or as wide",
@@ -2337,6 +2446,8 @@ def parse_args(argv=None):
     if first.resume:
         path = out / "ckpt.pt" if first.resume is True else Path(first.resume)
         checkpoint = load_checkpoint(path)
+        if checkpoint.get("public"):
+            raise UsageError(f"--resume {path}: not a run of train.py: begin one with --init-from")
         asked = first.model if "--model" in " ".join(argv) else checkpoint["kind"]
         if checkpoint["kind"] != asked or asked not in SIZES:
             raise UsageError(f"--resume {path}: this is the checkpoint of a {checkpoint['kind']}")
@@ -2364,10 +2475,10 @@ def parse_args(argv=None):
         flags.image_size = [flags.image_size[0], flags.image_size[-1]]
     if args.resume:
         args.resume = path
-        refuse_changes(args, before, f"continue {path}", FREE)
+        refuse_changes(args, before, f"continue {path}", FREE, TUNABLE)
     elif args.tokenizer:
         fixed = {name: getattr(before, name) for name in TOKENIZER_FLAGS}
-        refuse_changes(args, argparse.Namespace(**fixed), f"use {args.tokenizer}", ())
+        refuse_changes(args, argparse.Namespace(**fixed), f"use {args.tokenizer}")
     if args.repa_layer and args.repa_teacher == "auto":
         large = min(args.image_size) >= DINO_PX
         args.repa_teacher = "dinov2_vitb14" if large else "classifier"
@@ -2411,15 +2522,18 @@ def as_argv(values, known):
     return argv
 
 
-def refuse_changes(args, before, purpose, free):
-    """Raise UsageError if flags differ from `before`, but for those in `free` and TUNABLE."""
+def refuse_changes(args, before, purpose, free=(), tunable=()):
+    """Raise UsageError if flags differ from `before`, but for those in `free`, and those in
+    `tunable`, whose change is said."""
     changed, tuned = [], []
     for name, value in vars(before).items():
         now = getattr(args, name)
         if name in free or now == value or list(np.atleast_1d(now)) == list(np.atleast_1d(value)):
             continue
+        if name == "data" and os.path.realpath(now) == os.path.realpath(value):
+            continue  # one folder, spelled in two ways
         text = f"--{name.replace('_', '-')} was {value}, is {now}"
-        (tuned if name in TUNABLE else changed).append(text)
+        (tuned if name in tunable else changed).append(text)
     if changed:
         more = ", ..." if len(changed) > 4 else ""
         raise UsageError(f"cannot {purpose} with other settings ({'; '.join(changed[:4])}{more}): "
@@ -2476,7 +2590,7 @@ def first_stage_args(args, images):
              "out": args.out / "tokenizer", "init_from": None, "resume": None, "grad_accum": 1,
              "fsdp": False, "repa_layer": None, "compile": False}
     flags["steps"] = args.tokenizer_steps or flags["steps"]
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = dist.get_world_size() if dist.is_initialized() else 1
     fitting = min(flags["batch_size"], images) // world * world
     flags["batch_size"] = fitting or world
     return argparse.Namespace(**flags)
@@ -2491,7 +2605,7 @@ def first_stage(args, processes):
         saved = load_checkpoint(path, "tokenizer")
         before = {name: value for name, value in saved["args"].items() if name in TOKENIZER_FLAGS}
         refuse_changes(flags, argparse.Namespace(**before, data=saved["args"]["data"]),
-                       f"use {path}", ())
+                       f"use {path}")
         if saved["step"] >= flags.steps:
             return path
     processes.say(f"first {'continuing' if saved else 'training'} the tokenizer in {flags.out}")
@@ -2541,6 +2655,7 @@ def guarded(program, function):
     except (MemoryError, OverflowError, torch.OutOfMemoryError):
         text = OUT_OF_MEMORY
     except OSError as error:
+        sys.unraisablehook = lambda _: None  # a loader that could not start complains again
         mend = "check the path, its permissions and the disk's room"
         if error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE):
             mend = "the system allows no more processes or files: lower --num-workers"

@@ -482,7 +482,7 @@ def test_wrong_inputs_are_refused(change, message):
 @pytest.mark.parametrize("settings, message", [
     (dict(sampler="dopri5"), 'unknown sampler "dopri5"'),
     (dict(steps=0), "need steps >= 1"),
-    (dict(timestep_shift=-0.1), "a shift > 0"),
+    (dict(timestep_shift=-0.1), "a shift >= 0"),
     (dict(cfg_interval=(0.8, 0.2)), r"cfg_interval \(0.8, 0.2\)"),
 ])
 def test_wrong_sampler_settings_are_refused(settings, message):
