@@ -82,13 +82,13 @@ NETWORKS = {
 # all other sizes.
 SCHEDULES = {
     ("tokenizer", "nano"): dict(
-        optimizer="muon", steps=1000, batch_size=16, lr=0.02, weight_decay=0.0, warmup=50,
+        optimizer="muon", steps=600, batch_size=16, lr=0.03, weight_decay=0.0, warmup=50,
         cooldown=0.4, grad_clip=1.0, ema_decay=0.99),
     ("tokenizer", "paper"): dict(
         optimizer="adamw", steps=1_000_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0,
         cooldown=0.0, grad_clip=1.0, ema_decay=0.999),
     ("llamagen", "nano"): dict(
-        optimizer="muon", steps=300, batch_size=64, lr=0.02, weight_decay=0.05, warmup=20,
+        optimizer="muon", steps=300, batch_size=64, lr=0.03, weight_decay=0.05, warmup=20,
         cooldown=0.5, grad_clip=1.0, ema_decay=0.98, dropout=0.0, token_groups=0,
         repa_weight=2.0, repa_width=512),
     ("llamagen", "paper"): dict(
@@ -96,15 +96,15 @@ SCHEDULES = {
         cooldown=0.0, grad_clip=1.0, ema_decay=0.9999, dropout=0.1, token_groups=1,
         repa_weight=2.0, repa_width=2048),
     ("dit", "nano"): dict(
-        optimizer="muon", steps=300, batch_size=64, lr=0.02, weight_decay=0.0, warmup=20,
+        optimizer="muon", steps=300, batch_size=64, lr=0.03, weight_decay=0.0, warmup=20,
         cooldown=0.5, grad_clip=1.0, ema_decay=0.98, repa_weight=0.5, repa_width=512),
     ("dit", "paper"): dict(
         optimizer="adamw", steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0,
         cooldown=0.0, grad_clip=0.0, ema_decay=0.9999, repa_weight=0.5, repa_width=2048),
 }
-RATES = {"muon": 0.02, "adamw": 2e-3}  # for an --optimizer that is not the preset's
+RATES = {"muon": 0.03, "adamw": 2e-3}  # for an --optimizer that is not the preset's
 BETAS = {"tokenizer": (0.9, 0.999), "llamagen": (0.9, 0.95), "dit": (0.9, 0.95)}
-CLASSIFIER = dict(optimizer="muon", steps=400, batch_size=128, lr=0.02, weight_decay=0.05)
+CLASSIFIER = dict(optimizer="muon", steps=400, batch_size=128, lr=0.03, weight_decay=0.05)
 SIZES = {"tokenizer": NETWORKS, "llamagen": llamagen.SIZES, "dit": dit.SIZES}
 BUILT_IN = ("shapes", "cifar10")  # the values of --data that are not folders
 KL_WEIGHT = 1e-6                  # of the vae's KL, nats an image
@@ -1476,6 +1476,10 @@ class Muon(torch.optim.Optimizer):
     ones. For a small tokenizer that is the difference between colour and grey: Adam spends all
     channels on brightness first.
 
+    A step of norm lr * sqrt(rows/columns) changes the root mean square of a layer's outputs by at
+    most lr, whatever its shape, if that of its inputs is 1 (Bernstein & Newhouse 2024). Jordan takes
+    max(1, rows/columns), which lets wide kernels of 3 x 3 run ahead: with it some seeds stay grey.
+
     Only hidden matrices have this structure. Convolution kernels count as (out, in*kh*kw).
     Embeddings, output layers, norms and biases take Adam's step, with a tenth of the rate.
     """
@@ -1508,7 +1512,7 @@ class Muon(torch.optim.Optimizer):
             by_shape.setdefault(p.flatten(1).shape, []).append((p, update.flatten(1)))
         for (rows, columns), entries in by_shape.items():
             updates = orthogonalize(torch.stack([update for _, update in entries]))
-            rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+            rate = group["lr"] * math.sqrt(rows / columns)
             for (p, _), update in zip(entries, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update.view(p.shape), alpha=-rate)
