@@ -295,7 +295,7 @@ class Folder(Dataset):
         self.classes = sorted(parts[0])
         chosen = {"train": parts[:1], "val": parts[1:], "all": parts}[split]
         if not val and split != "all":
-            chosen = [{name: self.held_out(paths, split) for name, paths in parts[0].items()}]
+            chosen = [self.held_out(parts[0], split)]
             rule = f"{split}: every tenth image of a class is held out"
         else:
             rule = " and ".join(p.name + "/" for p in (train, val) if p) if val else "all images"
@@ -333,11 +333,21 @@ class Folder(Dataset):
         return classes or {FLAT: find_images(folder, self.left_out)}
 
     @staticmethod
-    def held_out(paths, split):
-        """Every tenth of a class's images for "val", the others for "train"."""
-        if len(paths) == 1:
-            return paths if split == "train" else []
-        return [p for i, p in enumerate(paths) if (i % 10 == 0) == (split == "val")]
+    def held_out(by_class, split):
+        """Every tenth of a class's images for "val", the others for "train".
+
+        A class of one image keeps it for "train", unless all classes are like that. A tokenizer
+        can learn from those, so every tenth class is held out then.
+        """
+        singles = all(len(paths) == 1 for paths in by_class.values())
+        chosen = {}
+        for number, (name, paths) in enumerate(by_class.items()):
+            if singles:
+                for_val = [number % 10 == 0]
+            else:
+                for_val = [len(paths) > 1 and i % 10 == 0 for i in range(len(paths))]
+            chosen[name] = [p for p, held in zip(paths, for_val) if held == (split == "val")]
+        return chosen
 
     def drop_unreadable(self):
         """Forget the images that cannot be read, and say how many."""
@@ -1130,7 +1140,8 @@ class GeneratorTraining:
         if args.init_from and not saved:
             init = load_checkpoint(args.init_from, args.model, heads=args.heads,
                                    latent_scale=args.latent_scale)
-        latents = init.get("latents") or tokenizer.get("latents") or self.measure_latents()
+        latents = (init.get("latents") or init.get("tokenizer", {}).get("latents")
+                   or tokenizer.get("latents") or self.measure_latents())
         tokenizer = {**tokenizer, "latents": latents}
         self.codec = load_codec(tokenizer, args.image_size, device)
 

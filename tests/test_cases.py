@@ -236,6 +236,14 @@ def test_every_class_keeps_training_images(tmp_path):
     assert "5 of 51 images, 5 classes (val: every tenth" in held.source.about
 
 
+def test_classes_of_one_image_each_still_leave_some_for_validation(tmp_path):
+    for i in range(25):
+        put(tmp_path / f"{i:02d}" / "only.png")
+    kept, held = (open_images(str(tmp_path), split, [16, 16]) for split in ("train", "val"))
+    assert held.labels == [0, 10, 20] and len(kept) == 22
+    assert kept.classes == held.classes and not set(kept.labels) & set(held.labels)
+
+
 def test_damaged_exif_data_leave_the_picture_as_it_is(tmp_path):
     picture = Image.new("RGB", (3, 2), (9, 9, 9))
     picture.save(tmp_path / "a.png", exif=b"Exif\0\0garbage")

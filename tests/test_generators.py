@@ -219,6 +219,16 @@ def test_the_cache_feeds_dit_with_normalised_latents(tokenizers, tmp_path, kind)
         assert (pictures.int() - expected).abs().max() <= 1  # rounding may fall either way
 
 
+def test_a_dit_trained_further_keeps_the_scale_of_its_latents(tmp_path, tokenizers):
+    flags = tokenizers / "ifsq", "--model", "dit", "--steps", "1"
+    path = tmp_path / "other.pt"  # not the file that the state's tensors are mapped to
+    state = run(tmp_path / "a", *flags)
+    state["tokenizer"]["latents"]["std"] = [9.0] * 4
+    torch.save(state, path)
+    further = run(tmp_path / "b", *flags, "--init-from", str(path))
+    assert further["tokenizer"]["latents"] == state["tokenizer"]["latents"]
+
+
 # ---- Sampling ----
 
 @pytest.fixture(scope="module")
