@@ -16,16 +16,15 @@ Sources
 Shape letters: B batch, T tokens, C width, N heads, D = C/N width of a head, d latent dims, h w
 latent grid, p patch size, so T = h*w/p^2.
 
->>> import torch
->>> from dit import SIZES, DiT, flow_matching_loss, logit_normal_t, sample
->>> depth, width, heads = SIZES["nano"]
->>> model = DiT(input_size=(4, 4), in_channels=4, hidden_size=width, depth=depth, num_heads=heads,
-...             num_classes=10)
->>> latents, labels = torch.rand(8, 4, 4, 4) * 2 - 1, torch.arange(8)
->>> noise, t, drop = torch.randn(8, 4, 4, 4), logit_normal_t(8), torch.rand(8) < 0.1
->>> flow_matching_loss(model, latents, labels, noise, t, drop=drop)["loss"].backward()
->>> sample(model, noise, labels, steps=4, cfg_scale=2.0).shape
-torch.Size([8, 4, 4, 4])
+    import torch
+    from dit import SIZES, DiT, flow_matching_loss, logit_normal_t, sample
+    depth, width, heads = SIZES["nano"]
+    model = DiT(input_size=(4, 4), in_channels=4, hidden_size=width, depth=depth, num_heads=heads,
+                num_classes=10)
+    latents, labels = torch.rand(8, 4, 4, 4) * 2 - 1, torch.arange(8)
+    noise, t, drop = torch.randn(8, 4, 4, 4), logit_normal_t(8), torch.rand(8) < 0.1
+    flow_matching_loss(model, latents, labels, noise, t, drop=drop)["loss"].backward()
+    new = sample(model, noise, labels, steps=4, cfg_scale=2.0)             # (8,4,4,4) latents
 """
 import math
 

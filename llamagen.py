@@ -454,6 +454,7 @@ def sample(model, labels, uniforms, cfg_scale=2.0, cfg_interval=-1, temperature=
         for layer, cache in zip(model.layers, caches):
             x = layer(x, rope[t : t + 1], cache)               # (B or 2B, 1, C)
         head_caches = [KVCache(G) for _ in model.factorized_blocks]
+        token = 0
         for g in range(G):
             for block, cache in zip(model.factorized_blocks, head_caches):
                 x = block(x, rope[g : g + 1], cache)           # (B or 2B, 1, C)
@@ -465,7 +466,7 @@ def sample(model, labels, uniforms, cfg_scale=2.0, cfg_interval=-1, temperature=
             digit = draw(logits, uniforms[:, t, g], temperature, top_k, top_p)  # (B,)
             digits[:, t, g] = digit
             x = tables[g](digit).repeat(copies, 1)[:, None]    # (B or 2B, 1, C)
-            token = x if g == 0 else token + x
+            token = token + x
         x = token  # the model's next input: the sum over the digits
     if not logits.isfinite().all():  # draw() turns nan into index 0 without an error
         raise ValueError("the logits are not finite: these weights, or their dtype, cannot be "

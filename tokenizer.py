@@ -353,7 +353,7 @@ class Tokenizer(nn.Module):
             return self.quant_conv(moments.float())
 
     def bottleneck(self, x):
-        """x (B,3,H,W) in [-1, 1] -> z (B,d,h,w) fp32, indices (B,h,w) int64 or None, scalar loss."""
+        """x (B,3,H,W) in [-1,1] -> z (B,d,h,w) fp32, indices (B,h,w) int64 or None, scalar loss."""
         pre = self.pre(x)
         with torch.autocast(x.device.type, enabled=False):
             return self.quantize(pre)

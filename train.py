@@ -1488,8 +1488,9 @@ class Muon(torch.optim.Optimizer):
     channels on brightness first.
 
     A step of norm lr * sqrt(rows/columns) changes the root mean square of a layer's outputs by at
-    most lr, whatever its shape, if that of its inputs is 1 (Bernstein & Newhouse 2024). Jordan takes
-    max(1, rows/columns), which lets wide kernels of 3 x 3 run ahead: with it some seeds stay grey.
+    most lr, whatever its shape, if that of its inputs is 1 (Bernstein & Newhouse 2024). Jordan
+    takes sqrt(max(1, rows/columns)), with which the wide 3 x 3 kernels run ahead: some seeds then
+    stay grey.
 
     Only hidden matrices have this structure. Convolution kernels count as (out, in*kh*kw).
     Embeddings, output layers, norms and biases take Adam's step, with a tenth of the rate.

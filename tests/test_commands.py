@@ -24,10 +24,13 @@ SMALL = {
 
 
 def commands():
-    """[(program, its flags)] in the order of the README's fenced blocks."""
+    """[(program, its flags)] in the order of the README's fenced blocks, then of the docstrings."""
     text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    for module in train, evaluate:
+        blocks.append("\n".join(re.findall(r"^    (?:python|torchrun) .*", module.__doc__, re.M)))
     found = []
-    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S):
+    for block in blocks:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             for program in SMALL:
