@@ -82,7 +82,7 @@ NETWORKS = {
 # all other sizes.
 SCHEDULES = {
     ("tokenizer", "nano"): dict(
-        optimizer="muon", steps=600, batch_size=16, lr=0.03, weight_decay=0.0, warmup=50,
+        optimizer="muon", steps=600, batch_size=16, lr=0.02, weight_decay=0.0, warmup=50,
         cooldown=0.4, grad_clip=1.0, ema_decay=0.99),
     ("tokenizer", "paper"): dict(
         optimizer="adamw", steps=1_000_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0,
@@ -102,7 +102,7 @@ SCHEDULES = {
         optimizer="adamw", steps=100_000, batch_size=1024, lr=2e-4, weight_decay=0.0, warmup=0,
         cooldown=0.0, grad_clip=0.0, ema_decay=0.9999, repa_weight=0.5, repa_width=2048),
 }
-RATES = {"muon": 0.03, "adamw": 2e-3}  # for an --optimizer that is not the preset's
+RATES = {"muon": 0.02, "adamw": 2e-3}  # for an --optimizer that is not the preset's
 BETAS = {"tokenizer": (0.9, 0.999), "llamagen": (0.9, 0.95), "dit": (0.9, 0.95)}
 CLASSIFIER = dict(optimizer="muon", steps=400, batch_size=128, lr=0.03, weight_decay=0.05)
 SIZES = {"tokenizer": NETWORKS, "llamagen": llamagen.SIZES, "dit": dit.SIZES}
@@ -343,7 +343,7 @@ class Folder(Dataset):
         chosen = {}
         for number, (name, paths) in enumerate(by_class.items()):
             if singles:
-                for_val = [number % 10 == 0]
+                for_val = [number % 10 == 1]
             else:
                 for_val = [len(paths) > 1 and i % 10 == 0 for i in range(len(paths))]
             chosen[name] = [p for p, held in zip(paths, for_val) if held == (split == "val")]
@@ -1867,59 +1867,84 @@ def load_checkpoint(path, kind=None, quiet=False, **overrides):
     return state
 
 
+def not_whole(path, reason):
+    return UsageError(f"{path} is not a whole checkpoint: {reason}")
+
+
 def check_checkpoint(state, path):
     """Raise UsageError for an entry that is missing or of another type, or does not fit the
     others. The flags become what the command line makes of them."""
-    types = {"kind": str, "args": dict, "network": dict, "step": int, "ema": dict, "classes": list}
-    for name, wanted in types.items():
-        if not isinstance(state.get(name), wanted) or isinstance(state[name], bool):
-            raise UsageError(f"{path} is not a whole checkpoint: its {name} is a "
-                             f"{type(state.get(name)).__name__}, not a {wanted.__name__}")
-    names = state["classes"]
-    count = state["network"].get("num_classes", len(names))
-    if (state["step"] < 0 or not names or not all(isinstance(name, str) for name in names)
-            or not len(set(names)) == len(names) == count):
-        raise UsageError(f"{path} is not a whole checkpoint: step {state['step']}, "
-                         f"{len(names)} names of {count} classes")
+    check_entries(state, path)
     if "latents" in state:
-        mean, std = (torch.tensor(state["latents"][name]) for name in ("mean", "std"))
-        d = len(state["ema"]["quant_conv.bias"]) if "quant_conv.bias" in state["ema"] else len(mean)
-        if state["network"].get("quantizer") == "vae":
-            d //= 2
-        if mean.shape != (d,) or std.shape != (d,) or not (mean + std).isfinite().all():
-            raise UsageError(f"{path} is not a whole checkpoint: the statistics of its latents "
-                             f"are not {d} numbers each")
-    if not state.get("public"):  # the file's own weights say what the network can be
+        check_latents(state, path)
+    own = not state.get("public")
+    if own:
         state["args"] = stored_args(state["args"], path)
-        lacking = {"data", "image_size"} - state["args"].keys()
-        if lacking and state["kind"] != "classifier":
-            raise UsageError(f"{path} is not a whole checkpoint: its flags lack {min(lacking)}")
-        network = state["network"]
-        layers = max(network.get(name, 0) for name in ("num_res_blocks", "n_layer", "depth"))
-        if layers > len(state["ema"]):
-            raise UsageError(f"{path} is not a whole checkpoint: {layers} layers, and "
-                             f"{len(state['ema'])} weights")
-        with torch.device("meta"):  # shapes without memory
-            model = {**MODELS, "tokenizer": Tokenizer, "classifier": repa.Classifier}[
-                state["kind"]](**network)
-        check_weights(model, state["ema"], f"{path}: the weights 'ema' of a {state['kind']}")
-        for part, needed in ("tokenizer", True), ("teacher", state["args"].get("repa_layer")):
-            if needed and state["kind"] in MODELS and not isinstance(state.get(part), dict):
-                raise UsageError(f"{path} is not a whole checkpoint: it lacks its {part}")
+        check_network(state, path)
     for part in ("tokenizer", "teacher"):
         if part in state and state[part].get("kind") != "dinov2":
             check_checkpoint(state[part], f"{path}, {part}")
-    if state["kind"] in MODELS and not state.get("public"):
-        codes, f = state["tokenizer"]["network"], len(state["tokenizer"]["network"]["multipliers"])
-        grid = [side // 2 ** (f - 1) for side in state["args"]["image_size"]]
-        here = network.get("input_size", network.get("grid"))
-        size, wanted = network.get("in_channels"), len(codes["levels"])
-        if state["kind"] == "llamagen":
-            size, wanted = math.prod(network["vocab_sizes"]), math.prod(codes["levels"])
-        lacking = state["kind"] == "dit" and "latents" not in state["tokenizer"]
-        if list(here) != grid or size != wanted or lacking:
-            raise UsageError(f"{path} is not a whole checkpoint: its {state['kind']} is for other "
-                             "tokens than its tokenizer makes")
+    if own and state["kind"] in MODELS:
+        check_tokens(state, path)
+
+
+def check_entries(state, path):
+    types = {"kind": str, "args": dict, "network": dict, "step": int, "ema": dict, "classes": list}
+    for name, wanted in types.items():
+        if not isinstance(state.get(name), wanted) or isinstance(state[name], bool):
+            raise not_whole(path, f"its {name} is a {type(state.get(name)).__name__}, not a "
+                            f"{wanted.__name__}")
+    if state["step"] < 0:
+        raise not_whole(path, f"step {state['step']}")
+    names = state["classes"]
+    count = state["network"].get("num_classes", len(names))
+    texts = {name for name in names if isinstance(name, str)}
+    if not names or not len(texts) == len(names) == count:
+        raise not_whole(path, f"{len(names)} names of {count} classes")
+
+
+def check_latents(state, path):
+    """The statistics of z are finite numbers, one for each channel."""
+    mean, std = (torch.tensor(state["latents"][name]) for name in ("mean", "std"))
+    d = len(state["ema"].get("quant_conv.bias", mean))
+    if state["network"].get("quantizer") == "vae":
+        d //= 2  # the vae's convolution gives a mean and a variance
+    if mean.shape != (d,) or std.shape != (d,) or not (mean + std).isfinite().all():
+        raise not_whole(path, f"the statistics of its latents are not {d} numbers each")
+
+
+def check_network(state, path):
+    """The network that the checkpoint describes is the one whose weights it holds."""
+    kind, network, args = state["kind"], state["network"], state["args"]
+    if kind != "classifier":
+        for name in {"data", "image_size"} - args.keys():
+            raise not_whole(path, f"its flags lack {name}")
+    layers = max(network.get(name, 0) for name in ("num_res_blocks", "n_layer", "depth"))
+    if layers > len(state["ema"]):
+        raise not_whole(path, f"{layers} layers, and {len(state['ema'])} weights")
+    build = {**MODELS, "tokenizer": Tokenizer, "classifier": repa.Classifier}[kind]
+    with torch.device("meta"):  # shapes without memory
+        model = build(**network)
+    check_weights(model, state["ema"], f"{path}: the weights 'ema' of a {kind}")
+    needed = {"tokenizer": kind in MODELS, "teacher": kind in MODELS and args.get("repa_layer")}
+    for part in needed:
+        if needed[part] and not isinstance(state.get(part), dict):
+            raise not_whole(path, f"it lacks its {part}")
+
+
+def check_tokens(state, path):
+    """A generator is for the tokens that its tokenizer makes."""
+    network, codes = state["network"], state["tokenizer"]["network"]
+    f = 2 ** (len(codes["multipliers"]) - 1)
+    grid = [side // f for side in state["args"]["image_size"]]
+    if state["kind"] == "llamagen":
+        fits = (list(network["grid"]) == grid
+                and math.prod(network["vocab_sizes"]) == math.prod(codes["levels"]))
+    else:
+        fits = (list(network["input_size"]) == grid and "latents" in state["tokenizer"]
+                and network["in_channels"] == len(codes["levels"]))
+    if not fits:
+        raise not_whole(path, f"its {state['kind']} is for other tokens than its tokenizer makes")
 
 
 def stored_args(args, path):
@@ -1929,7 +1954,7 @@ def stored_args(args, path):
         known = parser.parse_args([])
         parsed = plain_args(parser.parse_args(as_argv(args, vars(known))))
     except UsageError as error:
-        raise UsageError(f"{path} is not a whole checkpoint: {error}")
+        raise not_whole(path, error)
     args = {name: parsed[name] if name in parsed and value is not None and value is not False
             else value for name, value in args.items()}
     if args.get("image_size"):
@@ -1966,67 +1991,97 @@ def released(state, path, quiet, overrides):
     What it is and its sizes follow from its names and shapes, its `config`, and the config.json
     next to it. What none of them says is taken from `overrides` or, with a word, from the paper.
     """
-    config, data = state.get("config") or {}, (state.get("config") or {}).get("data", {})
+    config = state.get("config") or {}
+    weights, model, said = public_weights(state)
+    if "encoder.conv_in.weight" in weights:
+        kind, describe = "tokenizer", public_tokenizer
+    elif "cls_embedding.embedding_table.weight" in weights:
+        kind, describe = "llamagen", public_llamagen
+    elif "x_embedder.proj.weight" in weights:
+        kind, describe = "dit", public_dit
+    else:
+        names = ", ".join([str(name) for name in weights or state][:3])
+        raise UsageError(f"{path} is no checkpoint of train.py, and its names ({names}, ...) are "
+                         "those of no public tokenizer, LlamaGen or DiT")
+    weights, entries, about = describe(path, weights, config, overrides)
+    if not quiet and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: public {kind}; {'; '.join(about + said)}", file=sys.stderr)
+
+    size = overrides.get("image_size") or config.get("data", {}).get("image_size")
+    args = {"data": None, "image_size": [size] * 2 if isinstance(size, int) else size}
+    args.update(entries.pop("args"))
+    classes = range(entries["network"].get("num_classes", 0))
+    last = {name: model.get(name, value) for name, value in weights.items()}
+    return {"format": 2, "public": True, "kind": kind, "step": 0, "args": args,
+            "classes": [str(i) for i in classes] or ["all"], "ema": weights, "model": last,
+            **entries}
+
+
+def public_weights(state):
+    """(the averaged weights, completed by the last ones; the last ones; words on what lacks)."""
     ema = find_weights(state, ("ema", "ema_state_dict"))
     model = find_weights(state, ("model", "model_state_dict", "state_dict", "gen_model"))
     if not ema and not model:
         model = find_weights({"weights": state}, ("weights",))
-    weights = {**model, **ema}  # an average without the frozen encoder is completed
-    said, lacking = [], model.keys() - ema.keys()
+    lacking = model.keys() - ema.keys()  # an average without the frozen encoder, for example
     if not ema:
-        said.append("no averaged weights, the last ones take their place")
-    elif lacking and model:
-        said.append(f"{len(lacking)} weights are not averaged, the last ones take their place")
+        said = ["no averaged weights, the last ones take their place"]
     elif not model:
-        said.append("only averaged weights")
-    args = {"data": None, "image_size": overrides.get("image_size")}
-    if data.get("image_size") and not args["image_size"]:
-        args["image_size"] = [data["image_size"]] * 2
-    checkpoint = {"format": 2, "public": True, "step": 0, "args": args, "classes": ["all"]}
-    if "encoder.conv_in.weight" in weights:
-        kind, module = "tokenizer", tokenizers
-        beside = path.with_name("config.json")
-        if beside.is_file():
-            config = json.loads(beside.read_text())
-        network = tokenizers.released_arguments(weights, config, overrides.get("levels"),
-                                                overrides.get("alpha"))
-        said.insert(0, network["quantizer"])
-        if "alpha" in network:
-            said[0] += f", levels {network['levels']}, alpha {network['alpha']}"
-        args.update({name: network[name] for name in ("quantizer", "levels", "alpha", "edges")
-                     if name in network}, downsample=2 ** (len(network["multipliers"]) - 1))
-    elif "cls_embedding.embedding_table.weight" in weights or "x_embedder.proj.weight" in weights:
-        kind, module, heads = "llamagen", llamagen, overrides.get("heads")
-        if "x_embedder.proj.weight" in weights:
-            kind, module = "dit", dit
-            network = dit.released_arguments(weights, heads,
-                                             config.get("model", {}).get("use_rope"))
-            refuse_other_latents(path, config, network)
-            if network["rope"] and "feat_rope.freqs_cos" not in weights:
-                said.append("no table of RoPE, which is computed anew")
-                weights = dit.released_weights(weights, dit.DiT(**network))
-            scale = overrides.get("latent_scale") or data.get("latent_multiplier")
-            if not scale:
-                scale = 0.18215
-                said.append("no latent scale, 0.18215 as in the public code (--latent-scale)")
-            d = network["in_channels"]
-            checkpoint["latents"] = {"mean": [0.0] * d, "std": [1 / scale] * d}
-            checkpoint["sampling"] = {"guide_channels": 3}  # as the public code guides
-        else:
-            network = llamagen.released_arguments(weights, heads)
-            args["downsample"] = config.get("fsq", {}).get("downsample_ratio")
-        checkpoint["classes"] = [str(i) for i in range(network["num_classes"])]
-        sizes = {name: value for name, value in network.items() if value is not False}
-        said.insert(0, ", ".join(f"{name} {value}" for name, value in sizes.items()))
+        said = ["only averaged weights"]
+    elif lacking:
+        said = [f"{len(lacking)} weights are not averaged, the last ones take their place"]
     else:
-        raise UsageError(f"{path} is no checkpoint of train.py, and its names "
-                         f"({', '.join(list(map(str, weights or state))[:3])}, ...) are those of "
-                         "no public tokenizer, LlamaGen or DiT")
-    if not quiet and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: public {kind}; {'; '.join(said)}", file=sys.stderr)
-    weights = module.released_weights(weights)
-    last = {name: model.get(name, value) for name, value in weights.items()}
-    return {**checkpoint, "kind": kind, "network": network, "ema": weights, "model": last}
+        said = []
+    return {**model, **ema}, model, said
+
+
+def public_tokenizer(path, weights, config, overrides):
+    """(weights under our names, entries of the checkpoint, words on what it is)."""
+    beside = path.with_name("config.json")
+    if beside.is_file():
+        config = json.loads(beside.read_text())
+    network = tokenizers.released_arguments(weights, config, overrides.get("levels"),
+                                            overrides.get("alpha"))
+    about = network["quantizer"]
+    if "alpha" in network:
+        about += f", levels {network['levels']}, alpha {network['alpha']}"
+    flags = {name: network[name] for name in ("quantizer", "levels", "alpha", "edges")
+             if name in network}
+    flags["downsample"] = 2 ** (len(network["multipliers"]) - 1)
+    weights = tokenizers.released_weights(weights)
+    return weights, {"network": network, "args": flags}, [about]
+
+
+def public_llamagen(path, weights, config, overrides):
+    """As `public_tokenizer`."""
+    network = llamagen.released_arguments(weights, overrides.get("heads"))
+    flags = {"downsample": config.get("fsq", {}).get("downsample_ratio")}
+    weights = llamagen.released_weights(weights)
+    return weights, {"network": network, "args": flags}, [in_words(network)]
+
+
+def public_dit(path, weights, config, overrides):
+    """As `public_tokenizer`. Its latents are z times one scale, and guided in three channels."""
+    network = dit.released_arguments(weights, overrides.get("heads"),
+                                     config.get("model", {}).get("use_rope"))
+    refuse_other_latents(path, config, network)
+    about = [in_words(network)]
+    if network["rope"] and "feat_rope.freqs_cos" not in weights:
+        about.append("no table of RoPE, which is computed anew")
+        weights = dit.released_weights(weights, dit.DiT(**network))
+    scale = overrides.get("latent_scale") or config.get("data", {}).get("latent_multiplier")
+    if not scale:
+        scale = 0.18215
+        about.append("no latent scale, 0.18215 as in the public code (--latent-scale)")
+    d = network["in_channels"]
+    latents = {"mean": [0.0] * d, "std": [1 / scale] * d}
+    weights = dit.released_weights(weights)
+    return weights, {"network": network, "args": {}, "latents": latents,
+                     "sampling": {"guide_channels": 3}}, about
+
+
+def in_words(network):
+    return ", ".join(f"{name} {value}" for name, value in network.items() if value is not False)
 
 
 def refuse_other_latents(path, config, network):

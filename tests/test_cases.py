@@ -240,7 +240,7 @@ def test_classes_of_one_image_each_still_leave_some_for_validation(tmp_path):
     for i in range(25):
         put(tmp_path / f"{i:02d}" / "only.png")
     kept, held = (open_images(str(tmp_path), split, [16, 16]) for split in ("train", "val"))
-    assert held.labels == [0, 10, 20] and len(kept) == 22
+    assert held.labels == [1, 11, 21] and len(kept) == 22
     assert kept.classes == held.classes and not set(kept.labels) & set(held.labels)
 
 
@@ -281,7 +281,7 @@ def test_a_run_continues_from_a_folder_that_moved(base, tmp_path, monkeypatch, c
     train.main([*TOKENIZER, "--data", "data", "--steps", "1", "--out", "run"])
     train.main(["--resume", "run/ckpt.pt", "--data", "./data", "--steps", "2", "--lr", "0.001"])
     error = capsys.readouterr().err
-    assert "--data" not in error and "--lr was 0.02, is 0.001" in error
+    assert "--data" not in error and "--lr was 0.03, is 0.001" in error
     Path("data").rename("moved")
     train.main(["--resume", "run/ckpt.pt", "--data", "moved", "--steps", "3"])
     assert "--data was ./data, is moved" in capsys.readouterr().err
