@@ -281,7 +281,7 @@ def test_a_run_continues_from_a_folder_that_moved(base, tmp_path, monkeypatch, c
     train.main([*TOKENIZER, "--data", "data", "--steps", "1", "--out", "run"])
     train.main(["--resume", "run/ckpt.pt", "--data", "./data", "--steps", "2", "--lr", "0.001"])
     error = capsys.readouterr().err
-    assert "--data" not in error and "--lr was 0.03, is 0.001" in error
+    assert "--data" not in error and "--lr was 0.02, is 0.001" in error
     Path("data").rename("moved")
     train.main(["--resume", "run/ckpt.pt", "--data", "moved", "--steps", "3"])
     assert "--data was ./data, is moved" in capsys.readouterr().err

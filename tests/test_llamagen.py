@@ -1,6 +1,5 @@
 """llamagen.py against public LlamaGen and iFSQ code (golden vectors), and its own promises."""
 import json
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -527,10 +526,3 @@ def test_digits_that_do_not_fit():
         group_vocab([17, 17, 17], 2)
     with pytest.raises(ValueError, match="digits"):
         join_index(torch.zeros(2, 3, dtype=torch.long), [5, 4])
-
-
-def test_the_example_in_the_docstring_runs():
-    torch.manual_seed(0)
-    names = {}
-    exec(textwrap.dedent(llamagen.__doc__.split("Usage\n")[1]), names)
-    assert names["images"].shape == (8, 16) and names["images"].max() < 625
