@@ -24,7 +24,7 @@ SMALL = {
 
 
 def commands():
-    """[(program, its flags)] in the order of the README's fenced blocks, then of the docstrings."""
+    """[(program, its flags)], each once: the README's fenced blocks, then the docstrings."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
     for module in train, evaluate:
@@ -35,7 +35,9 @@ def commands():
             words = shlex.split(line, comments=True)
             for program in SMALL:
                 if program in words and ("python" in words or "torchrun" in words):
-                    found.append((program, words[words.index(program) + 1:]))
+                    command = program, words[words.index(program) + 1:]
+                    if command not in found:
+                        found.append(command)
     return found
 
 
