@@ -2,6 +2,9 @@
 
     image -> Tokenizer.encode -> latents --[ this file ]--> new latents -> Tokenizer.decode -> image
 
+Here latents are about N(0, 1) in each channel. The caller normalises what the tokenizer gives, and
+undoes that before it decodes.
+
 The chapters: embeddings, the network, the loss, the sampler, released checkpoints. The file needs
 only torch and knows nothing of the tokenizer. The caller draws everything random (noise, times,
 dropped labels), so a training step or a sample is a pure function of its arguments.
@@ -391,10 +394,10 @@ def flow_matching_loss(model, x1, labels, noise, t, cosine=True, drop=None, hidd
     x_t = (1 - time) * noise + time * x1                       # (B, d, h, w)
     target = x1 - noise                                        # (B, d, h, w)
     result = {}
-    velocity = model(x_t, t, labels, drop=drop, hidden_layer=hidden_layer)    # (B, d, h, w)
+    output = model(x_t, t, labels, drop=drop, hidden_layer=hidden_layer)
     if hidden_layer is not None:
-        velocity, result["hidden"] = velocity
-    velocity = velocity.float()
+        output, result["hidden"] = output
+    velocity = output.float()                                  # (B, d, h, w)
 
     loss = (velocity - target).square().mean(dim=(1, 2, 3))    # (B,)
     result["mse"] = loss.detach()
@@ -453,7 +456,7 @@ def sample(model, noise, labels, steps=250, sampler="euler", cfg_scale=1.0,
     labels          (B,) int64 in [0, num_classes]
     steps, sampler  "euler": one model call per step, first order; "heun": two calls, second order
     cfg_scale       1 = no guidance (half the cost)
-    cfg_interval    (lo, hi): guide only while lo <= t <= hi (arXiv 2404.07724)
+    cfg_interval    (lo, hi): guide only at times lo <= t <= hi (arXiv 2404.07724)
     timestep_shift, guide_channels   see `time_grid` and `guided_velocity`
 
     Returns latents (B,d,h,w) float32 on the scale of the training latents. Raises ValueError for an
@@ -484,13 +487,6 @@ def sample(model, noise, labels, steps=250, sampler="euler", cfg_scale=1.0,
 
 # ---- Released checkpoints ----
 
-OTHER_MODELS = {  # a key that tells what a file is, if it is not a DiT
-    "cls_embedding.embedding_table.weight": "a LlamaGen",
-    "cls_embedding.cap_proj.fc1.weight": "a text-conditional LlamaGen",
-    "encoder.conv_in.weight": "a tokenizer",
-}
-
-
 def released_arguments(weights, heads=None, rope=None):
     """Constructor arguments of the DiT whose public state dict is `weights` (key -> tensor).
 
@@ -503,9 +499,7 @@ def released_arguments(weights, heads=None, rope=None):
     """
     for key in ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight"):
         if key not in weights:
-            kinds = [kind for other, kind in OTHER_MODELS.items() if other in weights]
-            kind = kinds[0] if kinds else "another architecture"
-            raise ValueError(f"this is {kind}, not a DiT of iFSQ or facebookresearch: no {key}")
+            raise ValueError(f"this is not a DiT of iFSQ or facebookresearch: it has no {key}")
     hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     tokens = weights["pos_embed"].shape[1]

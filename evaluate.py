@@ -16,10 +16,11 @@ The file reads from top to bottom: what is reported of a tokenizer, of a generat
 of images; the metrics, a function each; the Inception network; tables and pictures; the command
 line. A new metric is a function of two sets of features, and a line in `compare`.
 
-Every image goes through the crop of train.py and through uint8, as a saved picture would, before
-it is measured. PSNR, SSIM and LPIPS are means over images. Neither the batch size nor the number of
-processes changes a number. A metric whose weights cannot be had says n/a, and why. Sample i of a
-generator is a function of (seed, i) and its class.
+A checkpoint's images go through the crop of train.py and through uint8, as a saved picture would,
+before they are measured; two sets of images are measured as they are. PSNR, SSIM and LPIPS are
+means over images. Apart from speed, no number depends on the batch size or the number of
+processes. A metric whose weights cannot be had says n/a, and why. Sample i of a generator is a
+function of (seed, i) and its class.
 
 A Frechet distance means little without its conditions, which the report holds: the reference, the
 number and a hash of the images, the crop, the resize, the weights. rFID compares a tokenizer's
@@ -36,6 +37,7 @@ import os
 import sys
 import time
 import uuid
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -91,10 +93,10 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
     names = wanted(args, {"fid", "kid"})
     originals = Measure(network, len(places), names) if network else None
     rebuilt = Measure(network, len(places), names) if network else None
-    keep = Pictures(name, len(places), size, args, processes)
+    pictures = Pictures(name, len(places), size, args, processes)
 
     def watch(part, x, y):
-        keep.put(part, y)
+        pictures.put(part, y)
         if network:
             originals.update(x, part)
             rebuilt.update(y, part)
@@ -102,7 +104,7 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
     with building(path):
         report = measure_tokenizer(model, images, places, processes, metrics, watch,
                                    args.batch_size, args.num_workers)
-    keep.finish(labels_by_name(images, checkpoint["classes"])[places].tolist())
+    pictures.finish(labels_by_name(images, checkpoint["classes"])[places].tolist())
     if processes.rank == 0:
         draw_reconstructions(args.out / f"{name}.png", model, images, processes)
     bits = model.bits_per_image(*size)
@@ -234,13 +236,13 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
     codec = load_codec(checkpoint["tokenizer"], size, processes.device)
     model = build_generator(path, checkpoint, args.weights).to(processes.device).eval()
     results = {}
-    tokens = try_validation(path, checkpoint, codec, args, processes)
-    if tokens:
-        results[task.val_column] = validate_generator(task, model, codec, tokens, processes)
+    validation = try_validation(path, checkpoint, codec, args, processes)
+    if validation:
+        results[task.val_column] = validate_generator(task, model, codec, validation, processes)
     if teacher:
-        if not tokens:
+        if not validation:
             raise UsageError(f"--probe needs the images that {path} was trained on: --data")
-        results["probe"] = probe(task, model, codec, tokens, teacher, args, processes)
+        results["probe"] = probe(task, model, codec, validation, teacher, args, processes)
 
     labels = choose_labels(args, classes)
     reference, measure = None, None
@@ -265,13 +267,14 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
                 measure.update(pictures, block)
             if judge:
                 right[block] = judge.right(pictures, labels[block], classes)
-    seconds = processes.sum(torch.tensor(seconds)).item() / processes.world
+    seconds = processes.largest(1e6 * seconds) / 1e6  # of the slowest process
+    processes.barrier()  # all pictures are there
     if processes.rank == 0:
         draw_classes(args.out / f"{name}.png", samples.array(), labels, classes)
     samples.finish(labels.tolist())
     if judge:
         results["class_share"] = {"samples": processes.sum(right).mean().item(),
-                                  "real": judge.on_real(tokens, classes, processes),
+                                  "real": judge.on_real(validation, classes, processes),
                                   "classifier": judge.name}
     results["distances"] = {"random-fid" if args.inception == "random" else "gfid": None}
     if measure:
@@ -520,6 +523,8 @@ def is_image_set(path):
 
 STATISTICS = {"mu": 2048, "sigma": 2048, "mu_s": 2023, "sigma_s": 2023, "features": 2048,
               "class_sums": 1010}  # the arrays of a file of statistics, and their last dimension
+NEEDED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "kid": ("features",),
+          "pr": ("features",), "is": ("class_sums",)}  # which of them a metric takes
 
 
 def open_npz(path):
@@ -590,10 +595,9 @@ def measure_set(opened, args, processes, network, names):
     """
     about, stored, images = opened
     if stored:
-        lacking = names & {"kid", "pr"} if "features" not in stored else set()
-        if images is None or not lacking:
+        names = {name for name in names if not stored.keys() >= set(NEEDED[name])}
+        if images is None or not names:
             return stored
-        names = lacking
     measure = Measure(network(), len(images), names)
     mine = torch.arange(processes.rank, len(images), processes.world)
     loader = DataLoader(Subset(images, mine.tolist()), args.batch_size, collate_fn=list,
@@ -601,8 +605,12 @@ def measure_set(opened, args, processes, network, names):
     for part, batch in zip(mine.split(args.batch_size), tqdm(
             loader, desc=f"measuring {about['name']}", disable=processes.quiet())):
         measure.update(batch, part)
+    measured = measure.finish(processes, **about)
+    if not stored:
+        return measured
     # An ADM file may hold statistics of more images than it holds: those are kept.
-    return {**measure.finish(processes, **about), **stored}
+    stored["about"]["measured"] = measured["about"]
+    return {**measured, **stored}
 
 
 class Measure:
@@ -681,22 +689,23 @@ def compare(reference, samples, args, names, processes, letter=""):
     def both(*keys):
         return all(key in part for key in keys for part in (reference, samples))
 
-    for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
+    for name in ("fid", "sfid"):
         if name in names:
+            mu, sigma = NEEDED[name]
             distances[f"{tag}{letter}{name}{suffix}"] = frechet_distance(
                 reference[mu], reference[sigma], samples[mu], samples[sigma]
             ) if both(mu, sigma) else None
-    if names & {"kid", "pr"}:
-        columns = [f"{tag}{name}" for name in ("kid", "kid_se", "precision", "recall")]
-        values = [None] * 4
-        if both("features"):
-            device = "cpu" if processes.device.type == "mps" else processes.device
-            real, fake = (part["features"].to(device).double() for part in (reference, samples))
-            # Samples come first in KID, as in torch-fidelity: its subsets depend on the order.
-            values[:2] = kid(fake, real) if "kid" in names else (None, None)
-            values[2:] = precision_recall(real, fake) if "pr" in names else (None, None)
-        asked = ["kid" in names] * 2 + ["pr" in names] * 2
-        distances.update((c, v) for c, v, ask in zip(columns, values, asked) if ask)
+    real, fake = None, None
+    if both("features"):
+        device = "cpu" if processes.device.type == "mps" else processes.device
+        real, fake = (part["features"].to(device).double() for part in (reference, samples))
+    if "kid" in names:
+        # Samples come first in KID, as in torch-fidelity: its subsets depend on the order.
+        mean, error = (None, None) if real is None else kid(fake, real)
+        distances.update({f"{tag}kid": mean, f"{tag}kid_se": error})
+    if "pr" in names:
+        precision, recall = (None, None) if real is None else precision_recall(real, fake)
+        distances.update({f"{tag}precision": precision, f"{tag}recall": recall})
     if "is" in names:
         sums = samples.get("class_sums")
         distances[f"{tag}is"] = None if sums is None else inception_score(sums)
@@ -722,6 +731,7 @@ def save_statistics(path, statistics, processes):
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: value.numpy() for name, value in statistics.items() if name != "about"}
         np.savez(path, about=json.dumps(statistics["about"]), **arrays)
+        print(f"statistics of {statistics['about']['name']} in {path}")
 
 
 def find_reference(data, size, args, processes, network, references):
@@ -1076,6 +1086,8 @@ class Pictures:
         self.path = args.out / f".{name}-{processes.agree(uuid.uuid4().hex)}.npy"
         self.needed = keep or args.save_npz or args.save_images
         if self.needed and processes.rank == 0:
+            # The file goes when this object does, also if the evaluation fails.
+            weakref.finalize(self, self.path.unlink, missing_ok=True)
             np.lib.format.open_memmap(self.path, "w+", np.uint8, self.shape).flush()
         processes.barrier()
 
@@ -1257,7 +1269,7 @@ def table_row(name, report):
     if report["kind"] == "sets":
         a, b = results["reference"], results["compared"]
         return {"reference": Path(a["name"]).name, "images": str(a["images"] or "stored"),
-                "compared": Path(b["name"]).name, "of them": str(b["images"] or "stored"),
+                "compared": Path(b["name"]).name, "compared images": str(b["images"] or "stored"),
                 **distances}
     row = {"checkpoint": name, "step": str(report["step"])}
     if report["kind"] == "tokenizer":
@@ -1299,12 +1311,16 @@ def print_table(rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
 
 
-def print_reports(reports, args):
-    """Write every report as JSON, and print tables."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, report in reports.items():
+def write_report(name, report, args, processes):
+    """OUT/NAME.json"""
+    if processes.rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(without_nan(report), indent=1, allow_nan=False)
         (args.out / f"{name}.json").write_text(text)
+
+
+def print_reports(reports, args):
+    """Print a table for each kind of report."""
     for kinds in (("tokenizer",), ("llamagen", "dit"), ("sets",)):
         rows = [table_row(name, r) for name, r in reports.items() if r["kind"] in kinds]
         if rows:
@@ -1315,8 +1331,6 @@ def print_reports(reports, args):
         print_probes(probes, args)
     if reports:
         print(f"reports and pictures in {args.out}")
-    if args.save_reference:
-        print(f"statistics of the reference in {args.save_reference}")
 
 
 def print_probes(probes, args):
@@ -1358,11 +1372,12 @@ def parse_args(argv=None):
         "set, cropped as in training, ADM's .npz, or saved statistics; unset, the training images "
         "of the run", metavar="{DIR,DATA,NPZ}")
     add("--save-reference", "keep the statistics of the reference, or of the first set of images",
-        type=lambda path: Path(path).with_suffix(".npz"), metavar="NPZ")
+        type=lambda path: Path(path if path.endswith(".npz") else f"{path}.npz"), metavar="NPZ")
 
     add = parser.add_group("metrics")
     add("--metrics", f"of {' '.join(METRICS)} (pr: precision and recall): these must work, else "
-        "exit code 2; unset, all that can be computed", nargs="+", choices=METRICS, metavar="NAME")
+        "exit code 2; none: samples alone; unset, all that can be computed", nargs="+",
+        choices=[*METRICS, "none"], metavar="NAME")
     add("--weights", "averaged or last weights", choices=["ema", "model"], default="ema")
     add("--inception", f"local file of the Inception weights; unset, {INCEPTION_FILE}, downloaded. "
         "random: fixed seeded weights, for trends only, whose columns are called random-...",
@@ -1477,15 +1492,15 @@ def with_tokenizer(path, checkpoint, tokenizer):
 
     DiT's latents are scaled as its own file says. Raises UsageError if the two do not fit.
     """
-    network, codes = checkpoint["network"], tokenizer["network"]
-    f, args = 2 ** (len(codes["multipliers"]) - 1), checkpoint["args"]
+    network, coder = checkpoint["network"], tokenizer["network"]
+    f, args = 2 ** (len(coder["multipliers"]) - 1), checkpoint["args"]
     size = args["image_size"]
     if checkpoint["kind"] == "llamagen":
         size = size or unstated_size(path)
         network = {**network, "grid": [side // f for side in size]}
         vocabulary = math.prod(network["vocab_sizes"])
-        known = codes.get("codebook_size") or math.prod(codes["levels"])
-        if codes["quantizer"] in ("vae", "ae"):
+        known = coder.get("codebook_size") or math.prod(coder["levels"])
+        if coder["quantizer"] in ("vae", "ae"):
             known = 0
         if vocabulary != known:
             raise UsageError(f"{path} knows {vocabulary} codes, its tokenizer {known}: name "
@@ -1495,9 +1510,9 @@ def with_tokenizer(path, checkpoint, tokenizer):
                              f"tokenizer gives {f}x: name another --tokenizer")
     else:
         tokenizer = {**tokenizer, "latents": checkpoint["latents"]}
-        if network["in_channels"] != len(codes["levels"]):
+        if network["in_channels"] != len(coder["levels"]):
             raise UsageError(f"{path} has {network['in_channels']} channels, its tokenizer "
-                             f"{len(codes['levels'])}: name another --tokenizer")
+                             f"{len(coder['levels'])}: name another --tokenizer")
         stated, size = size, [side * f for side in network["input_size"]]
         if stated and stated != size:
             raise UsageError(f"{path} is for images of {stated} px, and makes {size} with this "
@@ -1531,6 +1546,9 @@ def evaluate(args):
     """Measure everything that the flags name; write reports and print tables on rank 0."""
     sets = is_image_set(args.checkpoints[0])
     checkpoints = {} if sets else load_all(args)
+    kinds = {checkpoint["kind"] for checkpoint in checkpoints.values()}
+    if kinds == {"tokenizer"}:
+        refuse_sampling(args)
     processes = start_processes(args, tf32=False)
     reports, used, note = {}, set(), ""
     if sets:
@@ -1540,13 +1558,11 @@ def evaluate(args):
                          used)
         if report:
             reports[name] = report
+            write_report(name, report, args, processes)
     else:
-        if all(c["kind"] == "tokenizer" for c in checkpoints.values()):
-            refuse_sampling(args)
         network, note = try_inception(args, processes)
         teacher = probe_teacher(args, checkpoints, processes) if args.probe else None
-        kinds = {c["kind"] for c in checkpoints.values()} - {"tokenizer"}
-        references = {}
+        generators, references = kinds - {"tokenizer"}, {}
         args.out.mkdir(parents=True, exist_ok=True)
         for path, checkpoint in checkpoints.items():
             name = processes.agree(free_name(report_name(path), [path], args.out, used))
@@ -1555,7 +1571,8 @@ def evaluate(args):
                                                    network)
             else:
                 reports[name] = evaluate_generator(path, checkpoint, name, args, processes,
-                                                   network, references, teacher, kinds)
+                                                   network, references, teacher, generators)
+            write_report(name, reports[name], args, processes)
     if processes.rank == 0:
         print_reports(reports, args)
         if note:

@@ -12,7 +12,7 @@ one number in it, alpha, from 2.0 (for which 2*sigmoid(2z) - 1 = tanh(z)) to 1.6
     z_q   = q / h                          on the grid {-1, ..., 1}
     index = sum_i (q_i + h_i) * basis_i    basis = [1, L_1, L_1*L_2, ...]
 
-These lines hold for odd L. An even L has no level in the middle, so `grid` moves it by half a step.
+These lines hold for odd L. An even L has no level in the middle, so `grid` shifts by half a step.
 
 Why 1.6: the outputs of an encoder are close to N(0, 1), and the CDF of a Gaussian would make y
 exactly uniform. The sigmoid with alpha = 2*sqrt(2/pi) = 1.596 has the slope of that CDF at 0, so
@@ -67,7 +67,7 @@ def quantize(z, levels, alpha=1.6, edges="half"):
     if edges != "half":  # where y close to 1 would round up into a bin that does not exist
         q = torch.clamp(q, -(levels // 2), (levels - 1) // 2)
     z_q = (q + centre) / h
-    digits = torch.nan_to_num(q, nan=-2**31).long() + levels // 2  # nan is no valid digit
+    digits = torch.nan_to_num(q, nan=-2**31).long() + levels // 2  # NaN gives a digit < 0
     # Straight-through: exactly z_q in the forward pass, the gradient of y in the backward pass.
     return z_q + (y - y.detach()), digits
 
@@ -75,8 +75,9 @@ def quantize(z, levels, alpha=1.6, edges="half"):
 def grid(levels, edges="half"):
     """Where the codes lie. levels (d,) or () int64 -> h, shift and centre of the same shape.
 
-    q = round(y*h - shift) is an integer from -(L//2) to (L-1)//2, and its code is (q + centre) / h.
-    The shift is 1/2 for even L, which has no level in the middle, and 0 for odd L.
+    q = round(y*h - shift) is an integer from -(L//2) to (L-1)//2, and its code is (q + centre) / h:
+    the shift moves y before it is rounded, and the centre moves the code back. Both are 1/2 for
+    even L, which has no level in the middle, and 0 for odd L. Only "original" does not move back.
       half      codes 2k/(L-1) - 1: the paper; the two outermost bins are half as wide
       full      codes (2k+1)/L - 1: the centres of L bins of equal width
       original  codes k/(L//2) - 1: Mentzer et al.; for even L they end at 1 - 2/L
@@ -105,7 +106,8 @@ class FSQ(nn.Module):
 
     levels: number of code values of each channel, odd or even, from 2 to 2^31 - 1; d = len(levels)
     alpha:  1.6 is iFSQ, 2.0 FSQ (tanh); or "erf"; see `bound`
-    edges:  "half" (the paper), "full" (equal bins) or "original" (Mentzer et al.); see `grid`
+    edges:  "half" (the paper), "full" (equal bins) or, with alpha=2.0, "original" (Mentzer et
+            al.); see `grid` and `bound_original`
     Raises ValueError for other arguments, a last dimension other than d, indices (on a CPU) or
     codes outside the grid, and where indices are asked for if the product of the levels exceeds
     int64; `fsq(z, return_indices=False)` still works then.
@@ -125,7 +127,8 @@ class FSQ(nn.Module):
         self.alpha, self.edges = alpha, edges
         self.uniform = len(set(levels)) == 1
         self.codebook_size = math.prod(levels)  # a Python integer, since it may exceed int64
-        # Integer buffers survive .half() unrounded. `_check_fits` keeps an overflown basis unused.
+        # Integer buffers survive .half() unrounded. Where the product of the levels overflows,
+        # `_check_fits` raises before the basis is used.
         basis = torch.cumprod(torch.tensor([1] + levels[:-1]), 0)
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("basis", basis, persistent=False)
@@ -133,7 +136,7 @@ class FSQ(nn.Module):
     def forward(self, z, return_indices=True):
         """z (..., d), any float -> z_q (..., d) of the same dtype, indices (...) int64 or None."""
         self._check_last_dim(z)
-        # One number for all channels takes two thirds of the time of a tensor of d on a CPU.
+        # On a CPU, one number for all channels is a third faster than a tensor of d numbers.
         levels = self.levels[0] if self.uniform else self.levels
         z_q, digits = quantize(z, levels, self.alpha, self.edges)
         indices = self.digits_to_indices(digits) if return_indices else None
@@ -142,12 +145,12 @@ class FSQ(nn.Module):
     def digits_to_indices(self, digits):
         """digits (..., d) int64, the i-th in [0, L_i) -> indices (...) int64."""
         self._check_fits()
-        return (digits * self.basis).sum(-1)  # in integers, since fp32 loses codes above 2^24
+        return (digits * self.basis).sum(-1)  # in integers: fp32 rounds above 2^24
 
     def indices_to_digits(self, indices):
         """indices (...) int64 in [0, codebook_size) -> digits (..., d) int64."""
         self._check_fits()
-        # DiT calls this in every step. On a GPU, reading a value back would stall the step.
+        # Training a DiT comes here in every step. On a GPU, reading min and max would stall it.
         if indices.device.type == "cpu" and indices.numel():
             low, high = indices.min(), indices.max()
             if low < 0 or high >= self.codebook_size:

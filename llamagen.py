@@ -476,13 +476,6 @@ def sample(model, labels, uniforms, cfg_scale=2.0, cfg_interval=-1, temperature=
 
 # ---- Released checkpoints ----
 
-OTHER_MODELS = {  # a key that tells what a file is, if it is not a class-conditional LlamaGen
-    "cls_embedding.cap_proj.fc1.weight": "a text-conditional LlamaGen",
-    "encoder.conv_in.weight": "a tokenizer (VQ-16 of LlamaGen, or another)",
-    "x_embedder.proj.weight": "a DiT",
-}
-
-
 def released_arguments(weights, heads=None):
     """Constructor arguments, except grid, of the LlamaGen whose public state dict is `weights`.
 
@@ -493,9 +486,7 @@ def released_arguments(weights, heads=None):
     """
     for key in ("cls_embedding.embedding_table.weight", "norm.weight"):
         if key not in weights:
-            kinds = [kind for other, kind in OTHER_MODELS.items() if other in weights]
-            kind = kinds[0] if kinds else "another architecture"
-            raise ValueError(f"this is {kind}, not a class-conditional LlamaGen: it has no {key}")
+            raise ValueError(f"this is not a class-conditional LlamaGen: it has no {key}")
     vocab_sizes = [len(weights[key]) for key in weights if key.startswith("output.")]
     if len(set(vocab_sizes)) != 1:
         raise ValueError(f"this LlamaGen has digits of {vocab_sizes} values: only groups of equal "

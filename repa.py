@@ -14,7 +14,7 @@ Sources
   [1] Yu et al., "Representation Alignment for Generation", arXiv 2410.06940;
       github.com/sihyun-yu/REPA
   [2] iFSQ, arXiv 2601.17124; github.com/Tencent-Hunyuan/iFSQ: REPA for autoregressive models, at
-      one third of the depth, with weight 2.0 instead of diffusion's 0.5; self- and next-token
+      one third of the depth with weight 2.0 (for diffusion the weight is 0.5); self- and next-token
       similarity
   [3] Oquab et al., "DINOv2", arXiv 2304.07193; Darcet et al., "Vision Transformers Need Registers",
       arXiv 2309.16588; github.com/facebookresearch/dinov2, whose parameter names are kept
@@ -471,7 +471,7 @@ def cknna(a, b, topk=10, unbiased=True):
     n = len(a)
     if a.ndim != 2 or b.ndim != 2 or len(b) != n or n < 4 or not 2 <= topk < n:
         raise ValueError(f"cknna of {tuple(a.shape)} and {tuple(b.shape)} with topk {topk}: want "
-                         "two matrices with the same number of rows N >= 4, and 2 <= topk < N")
+                         "two matrices with the same number of rows n >= 4, and 2 <= topk < n")
 
     def kernel_and_neighbours(x):
         x = x.cpu().double()
@@ -480,15 +480,14 @@ def cknna(a, b, topk=10, unbiased=True):
         if unbiased:
             others.fill_diagonal_(-math.inf)
         nearest = others.topk(topk, dim=1).indices             # (n, topk)
-        return kernel, torch.zeros_like(kernel).scatter_(1, nearest, 1.0)
+        return kernel, torch.zeros_like(kernel).scatter_(1, nearest, 1.0)  # (n, n) of 0 and 1
 
-    def similarity(x, y):
-        both = x[1] * y[1]                                     # (n, n), 1 for neighbours in both
-        return hsic(both * x[0], both * y[0], unbiased)
-
-    a, b = kernel_and_neighbours(a), kernel_and_neighbours(b)
-    scale = (similarity(a, a) * similarity(b, b)).sqrt()
-    return (similarity(a, b) / (scale + 1e-6)).item()
+    (kernel_a, near_a), (kernel_b, near_b) = kernel_and_neighbours(a), kernel_and_neighbours(b)
+    both = near_a * near_b                                     # 1 for neighbours in both sets
+    similarity = hsic(both * kernel_a, both * kernel_b, unbiased)
+    own_a = hsic(near_a * kernel_a, near_a * kernel_a, unbiased)
+    own_b = hsic(near_b * kernel_b, near_b * kernel_b, unbiased)
+    return (similarity / ((own_a * own_b).sqrt() + 1e-6)).item()
 
 
 @torch.no_grad()

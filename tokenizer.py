@@ -4,6 +4,8 @@
     pre --bottleneck--> z (B,d,h,w) and indices (B,h,w)
     z --post_quant_conv, Decoder--> reconstruction (B,3,H,W)
 
+(fsq.py sees the bottleneck alone: its z is `pre` here, and its z_q is the z here.)
+
 Because iFSQ's z lies on a finite grid, the integers `indices` *are* the latents: LlamaGen models
 the integers, DiT models z = latents_of(indices), and the same `decode` turns either back into
 pixels (arXiv 2601.17124, section 3).
@@ -188,7 +190,7 @@ class Decoder(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The continuous autoencoder, and the running statistics that the quantizers below inherit.
+    """The bottleneck of `ae`, which does nothing, and the base class of the quantizers below.
 
     As in the public code, the mean and the variance of `pre` are tracked (momentum 0.1) and saved,
     but never used. They show whether the latents stay near the N(0, 1) that iFSQ assumes.
@@ -285,7 +287,8 @@ class Tokenizer(nn.Module):
     """Encoder, bottleneck, decoder.
 
     quantizer:      one of QUANTIZERS
-    levels:         code values per latent channel; d = len(levels) for every bottleneck
+    levels:         code values per latent channel. d = len(levels) for every bottleneck; to vq,
+                    vae and ae the values themselves mean little or nothing
     alpha, edges:   of ifsq and fsq: see fsq.py; alpha is 1.6 and 2.0 by default
     hidden, multipliers, num_res_blocks: width hidden*m and number of blocks at each resolution;
                     there are len(multipliers) - 1 halvings
@@ -347,10 +350,10 @@ class Tokenizer(nn.Module):
         if height % self.downsample or width % self.downsample:
             raise ValueError(f"image height and width must be multiples of {self.downsample}, "
                              f"got {height} x {width}")
-        moments = self.encoder(x)                                          # (B, 2*z_channels, h, w)
+        h = self.encoder(x)                                                # (B, 2*z_channels, h, w)
         # The last layer and all that follows run in fp32 under autocast too: see fsq.bound.
         with torch.autocast(x.device.type, enabled=False):
-            return self.quant_conv(moments.float())
+            return self.quant_conv(h.float())
 
     def bottleneck(self, x):
         """x (B,3,H,W) in [-1,1] -> z (B,d,h,w) fp32, indices (B,h,w) int64 or None, scalar loss."""
@@ -602,7 +605,7 @@ def released_arguments(weights, config=None, levels=None, alpha=None):
                  "z_channels": z_channels, "num_groups": 32}
     if "quantize.embedding.weight" in shapes:
         size = shapes["quantize.embedding.weight"][0]
-        arguments.update(quantizer="vq", levels=[17] * d, codebook_size=size)  # d of any size
+        arguments.update(quantizer="vq", levels=[17] * d, codebook_size=size)  # only d counts
     elif moments == 2 * d:
         arguments.update(quantizer="vae", levels=[17] * d)
     else:

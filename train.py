@@ -420,8 +420,8 @@ def crop(image, size, place=(0.5, 0.5), mirror=False):
 
     Halve with a box filter while more than twice too large, resize with a bicubic one until the
     image just covers size = (H, W), and cut at `place`: (0.5, 0.5) is the centre, (0, 0) the top
-    left corner, (1, 1) the bottom right one. Of a strip as long as 64 crops, only the part that is
-    kept is resized, which differs a little near the edges.
+    left corner, (1, 1) the bottom right one. If the resized image would be larger than 64 crops,
+    only the part that is kept is resized, which differs a little near the edges.
     """
     height, width = size
     while min(image.width // width, image.height // height) >= 2:
@@ -683,10 +683,10 @@ class TokenizerTraining:
         return 0 <= self.args.disc_start <= step and step % 2 == 1
 
     def turn(self, step):
-        """(network, optimizer) that this step trains."""
+        """(network, optimizer) that this step trains, and whether it is the critic's turn."""
         if self.trains_critic(step):
-            return self.critic_network, self.optimizers["critic_optimizer"][1]
-        return self.network, self.optimizers["optimizer"][1]
+            return self.critic_network, self.optimizers["critic_optimizer"][1], True
+        return self.network, self.optimizers["optimizer"][1], False
 
     def loss(self, batch, step):
         """A micro-batch -> (scalar to minimise, {name: scalar to log})."""
@@ -818,9 +818,17 @@ class Codec(NamedTuple):
     is continuous. `latents` are normalised by channel, about N(0, 1): the data of DiT.
     """
     tokenizer: Tokenizer
-    mean: torch.Tensor    # (1,d,1,1), of z over validation images
-    std: torch.Tensor     # (1,d,1,1)
-    grid: tuple           # (h, w)
+    grid: tuple                 # (h, w)
+    mean: torch.Tensor = 0.0    # (1,d,1,1), of z over validation images
+    std: torch.Tensor = 1.0     # (1,d,1,1)
+
+    def normalised(self, latents):
+        """The same with the statistics {"mean": d numbers, "std": d numbers} of a checkpoint."""
+        device = next(self.tokenizer.parameters()).device
+        mean, std = (torch.tensor(latents[name], dtype=torch.float32, device=device)
+                     for name in ("mean", "std"))
+        return self._replace(mean=mean.view(1, -1, 1, 1),
+                             std=std.clamp(min=1e-6).view(1, -1, 1, 1))
 
     def plain(self, tokens):
         """tokens -> z (B,d,h,w) as the decoder takes it."""
@@ -853,11 +861,9 @@ def load_codec(checkpoint, image_size, device):
         raise UsageError(f"images of {image_size[0]} x {image_size[1]} px do not divide by the "
                          f"tokenizer's downsampling of {f}: set --image-size to a multiple")
     grid = tuple(side // f for side in image_size)
-    latents = checkpoint.get("latents") or {"mean": [0.0] * tokenizer.latent_dim,
-                                            "std": [1.0] * tokenizer.latent_dim}
-    mean, std = (torch.tensor(latents[name], dtype=torch.float32, device=device).view(1, -1, 1, 1)
-                 for name in ("mean", "std"))
-    return Codec(tokenizer, mean, std.clamp(min=1e-6), grid)
+    codec = Codec(tokenizer, grid)
+    latents = checkpoint.get("latents")
+    return codec.normalised(latents) if latents else codec
 
 
 class Tokens(Dataset):
@@ -1084,7 +1090,7 @@ class DiTTask:
 
     def validation_loss(self, model, codec, tokens, labels, block):
         """The velocity's squared error at fixed times and with fixed noise, so that runs can be
-        compared: the n images of a block stand at t = 0.5/n, 1.5/n, ... in a shuffled order."""
+        compared: the n images of a block are put at t = 0.5/n, 1.5/n, ..., in a shuffled order."""
         x1 = codec.latents(tokens)                                                     # (B,d,h,w)
         generator = torch.Generator().manual_seed(seed_of(0, block))
         noise = torch.randn(x1.shape, generator=generator).to(x1)
@@ -1120,10 +1126,6 @@ class GeneratorTraining:
         self.args, self.processes, self.task = args, processes, TASKS[args.model]
         device = processes.device
         self.codec = load_codec(tokenizer, args.image_size, device)
-        if args.model == "llamagen" and not self.codec.tokenizer.discrete:
-            raise UsageError("--model llamagen predicts integers, which a "
-                             f"{self.codec.tokenizer.quantizer} tokenizer does not have: use "
-                             "--model dit or another --quantizer")
         images, val_images = open_splits(args, processes, saved and saved["classes"])
         teacher, teacher_state = None, None
         if args.repa_layer:
@@ -1143,7 +1145,7 @@ class GeneratorTraining:
         latents = (init.get("latents") or init.get("tokenizer", {}).get("latents")
                    or tokenizer.get("latents") or self.measure_latents())
         tokenizer = {**tokenizer, "latents": latents}
-        self.codec = load_codec(tokenizer, args.image_size, device)
+        self.codec = self.codec.normalised(latents)
 
         torch.manual_seed(seed_of(args.seed, -1))
         with building("the flags"):
@@ -1206,8 +1208,8 @@ class GeneratorTraining:
         return {"mean": z.mean((0, 2, 3)).tolist(), "std": z.std((0, 2, 3)).tolist()}
 
     def turn(self, step):
-        """(network, optimizer) that this step trains."""
-        return self.network, self.optimizers["optimizer"][1]
+        """(network, optimizer) that this step trains. There is no critic."""
+        return self.network, self.optimizers["optimizer"][1], False
 
     def loss(self, batch, step):
         """A micro-batch -> (scalar to minimise, {name: scalar to log})."""
@@ -1380,7 +1382,7 @@ def fit(training, args, processes, saved):
     with Interrupts() as interrupts:
         for step in range(start, args.steps):
             torch.manual_seed(seed_of(args.seed, step, processes.rank))
-            network, optimizer = training.turn(step)
+            network, optimizer, is_critic = training.turn(step)
             network.train()
             factor = schedule(args, step)
             for group in optimizer.param_groups:
@@ -1399,9 +1401,9 @@ def fit(training, args, processes, saved):
 
             # The step: gradients of true scale are clipped, then used.
             scaler.unscale_(optimizer)
-            # The critic is neither clipped nor averaged.
-            is_critic = optimizer is not training.optimizers["optimizer"][1]
-            limit = math.inf if is_critic else args.grad_clip or math.inf
+            limit = args.grad_clip or math.inf
+            if is_critic:  # it is neither clipped nor averaged
+                limit = math.inf
             norm = nn.utils.clip_grad_norm_(network.parameters(), limit)
             if not scaler.is_enabled():  # fp16 meets infinite gradients by design, and skips them
                 log.add({"grad_norm": norm})
@@ -1974,7 +1976,7 @@ def upgraded(state):
         state["tokenizer"] = upgraded(state["tokenizer"])
         tokenizer = Tokenizer(**state["tokenizer"]["network"])
         grid = tuple(side // args.downsample for side in args.image_size)
-        network = TASKS[state["kind"]].arguments(args, Codec(tokenizer, None, None, grid))
+        network = TASKS[state["kind"]].arguments(args, Codec(tokenizer, grid))
         labels = next(value for name, value in state["ema"].items()
                       if name.endswith("embedding_table.weight"))                      # (classes,C)
         width = {"llamagen": "dim", "dit": "hidden_size"}[state["kind"]]
@@ -2200,14 +2202,19 @@ def load_optimizer(module, optimizer, state):
     if state["state"].keys() not in (set(), set(range(len(pairs)))):
         raise UsageError("the optimizer's state is not of as many parameters")
     for number, (parameter, group) in enumerate(pairs if state["state"] else []):
-        count, *names = "step", "exp_avg", "exp_avg_sq"
-        if "muon" in group:
-            count, *names = (None, "momentum") if group["muon"] else ("count", "mean", "square")
+        if "muon" not in group:  # AdamW
+            names, count = ("exp_avg", "exp_avg_sq"), "step"
+        elif group["muon"]:
+            names, count = ("momentum",), None
+        else:
+            names, count = ("mean", "square"), "count"
         moments = state["state"][number]
         wrong = [name for name in names if moments[name].shape != parameter.shape or
                  not moments[name].is_floating_point() or not moments[name].isfinite().all()]
-        if wrong or count and not 0 <= float(moments[count]) < math.inf:
-            raise UsageError(f"the optimizer's {wrong or count} does not fit parameter {number}")
+        if count and not 0 <= float(moments[count]) < math.inf:
+            wrong.append(count)
+        if wrong:
+            raise UsageError(f"the optimizer's {', '.join(wrong)} does not fit parameter {number}")
     if not is_sharded(module):
         own = optimizer.state_dict()["param_groups"]
         if [group.keys() for group in own] != [group.keys() for group in state["param_groups"]]:
@@ -2225,9 +2232,9 @@ def load_optimizer(module, optimizer, state):
 class Log:
     """Means of named scalars since the last row, summed on the device, and rows in OUT/log.csv.
 
-    A run that continues keeps the rows up to its step. A file that cannot be read as such a log is
-    put aside, not deleted. The column `waiting` is the share of the time spent waiting for
-    images: above 0.1 or so, raise --num-workers.
+    A run that continues keeps the rows up to its step. A file of another run, or one that cannot
+    be read as such a log, is put aside and not deleted. The column `waiting` is the share of the
+    time spent waiting for images: above 0.1 or so, raise --num-workers.
     """
 
     def __init__(self, path, start, saved, rank):
@@ -2236,7 +2243,7 @@ class Log:
                      for name, (total, count) in (saved["log"] if saved else {}).items()}
         self.restart_clock(start)
         if rank == 0 and path.exists():
-            self.rows = self.read(start)
+            self.rows = self.read(start) if saved else self.put_aside("of another run")
             self.write_all()
 
     def read(self, start):
@@ -2252,11 +2259,15 @@ class Log:
                 if values["step"] <= start:
                     rows.append(row)
         except (ValueError, KeyError, TypeError, OSError, csv.Error) as error:
-            aside = self.path.with_name(f"log-{uuid.uuid4().hex[:8]}.csv")
-            os.replace(self.path, aside)
-            tqdm.write(f"{self.path} was edited ({error}): kept as {aside.name}, a new one begins")
-            return []
+            return self.put_aside(f"edited, {error}")
         return rows
+
+    def put_aside(self, why):
+        """Give the file another name. Returns the rows that are left: none."""
+        aside = self.path.with_name(f"log-{uuid.uuid4().hex[:8]}.csv")
+        os.replace(self.path, aside)
+        tqdm.write(f"{self.path} ({why}) is kept as {aside.name}, and a new one begins")
+        return []
 
     def write_all(self):
         """Write every row into a new file and put that in place of the old one."""
@@ -2334,7 +2345,8 @@ class Log:
 # What belongs to the tokenizer and follows from its checkpoint.
 TOKENIZER_FLAGS = ("quantizer", "levels", "alpha", "edges", "downsample", "hidden", "multipliers",
                    "num_res_blocks", "num_groups")
-# What a run that continues may change. The second row changes what it computes, and is said.
+# The flags that a run may change when it continues: in silence if they do not change the result
+# (FREE), and with a word if they do (TUNABLE).
 FREE = ("out", "resume", "num_workers", "save_every", "eval_every", "log_every", "compile",
         "device", "cache_dir", "tokenizer", "pretrained", "grad_checkpoint", "fsdp",
         "skip_bad_images", "tokenizer_steps", "init_from", "help")
@@ -2505,36 +2517,25 @@ def make_parser():
 def parse_args(argv=None):
     """The command line as a Namespace.
 
-    A flag has the value given, else that of the checkpoint that --resume or --tokenizer names,
-    else that of the preset of its size, else its default. The first two are one mechanism: stored
-    flags are parsed in front of the given ones.
+    Of the flag's default, the preset of its size, the flags stored in the checkpoint that --resume
+    or --tokenizer names, and the flags given, the later ones win: presets set argparse's defaults,
+    and stored flags are parsed in front of the given ones.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
-    first = parser.parse_args(argv)  # what decides about the presets
-    out = first.out or default_out(first)
-    stored = {}
-    if first.resume:
-        path = out / "ckpt.pt" if first.resume is True else Path(first.resume)
-        checkpoint = load_checkpoint(path)
-        if checkpoint.get("public"):
-            raise UsageError(f"--resume {path}: not a run of train.py: begin one with --init-from")
-        asked = first.model if "--model" in " ".join(argv) else checkpoint["kind"]
-        if checkpoint["kind"] != asked or asked not in SIZES:
-            raise UsageError(f"--resume {path}: this is the checkpoint of a {checkpoint['kind']}")
-        stored = {**checkpoint["args"], "resume": path, "out": None}
-        out = first.out or path.parent
-    elif first.tokenizer or first.init_from and first.model == "tokenizer":
-        checkpoint = load_checkpoint(first.tokenizer or first.init_from, "tokenizer", quiet=True,
-                                     levels=first.levels, alpha=first.alpha)
-        network = checkpoint["network"]
-        stored = {name: network.get(name, checkpoint["args"].get(name)) for name in TOKENIZER_FLAGS}
-        stored["downsample"] = 2 ** (len(network["multipliers"]) - 1)
-        stored["image_size"] = checkpoint["args"].get("image_size")
-    stored = as_argv(stored, vars(first))
-    first = parser.parse_args([*stored, *argv])
-    parser.set_defaults(**preset(first))
-    if first.help:
+    given = parser.parse_args(argv)
+    out, path, stored = given.out or default_out(given), None, {}
+    if given.resume:
+        path = out / "ckpt.pt" if given.resume is True else Path(given.resume)
+        out = given.out or path.parent
+        asked = given.model if any(word.startswith("--model") for word in argv) else None
+        stored = flags_of_run(path, asked)
+    elif given.tokenizer or given.init_from and given.model == "tokenizer":
+        stored = flags_of_tokenizer(given.tokenizer or given.init_from, given)
+    stored = as_argv(stored, vars(given))
+    decisive = parser.parse_args([*stored, *argv])
+    parser.set_defaults(**preset(decisive))
+    if decisive.help:
         parser.print_help()
         sys.exit(0)
     before, args = parser.parse_args(stored), parser.parse_args([*stored, *argv])
@@ -2555,6 +2556,27 @@ def parse_args(argv=None):
         args.repa_teacher = "dinov2_vitb14" if large else "classifier"
     check_args(args)
     return args
+
+
+def flags_of_run(path, asked):
+    """The flags with which a run was trained. asked: --model, if it was given."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get("public"):
+        raise UsageError(f"--resume {path}: not a run of train.py: begin one with --init-from")
+    if checkpoint["kind"] not in SIZES or asked not in (None, checkpoint["kind"]):
+        raise UsageError(f"--resume {path}: this is the checkpoint of a {checkpoint['kind']}")
+    return {**checkpoint["args"], "resume": path, "out": None}
+
+
+def flags_of_tokenizer(path, given):
+    """The flags that follow from a tokenizer's checkpoint, or from a public file."""
+    checkpoint = load_checkpoint(path, "tokenizer", quiet=True, levels=given.levels,
+                                 alpha=given.alpha)
+    network, stored = checkpoint["network"], checkpoint["args"]
+    flags = {name: network.get(name, stored.get(name)) for name in TOKENIZER_FLAGS}
+    flags["downsample"] = 2 ** (len(network["multipliers"]) - 1)
+    flags["image_size"] = stored.get("image_size")
+    return flags
 
 
 def default_out(args):
@@ -2631,7 +2653,7 @@ def check_args(args):
         if args.fsdp or args.repa_layer is not None:
             raise UsageError("--fsdp and --repa-layer are for generators: leave them out")
         return
-    depth = {"llamagen": llamagen, "dit": dit}[args.model].SIZES[args.size][0]
+    depth = SIZES[args.model][args.size][0]
     if args.repa_layer is not None and not 1 <= args.repa_layer <= depth:
         raise UsageError(f"--repa-layer {args.repa_layer}: --model {args.model} --size {args.size} "
                          f"has {depth} layers, choose from 1 to {depth}")
@@ -2689,15 +2711,15 @@ def train(args):
     with only_run_in(args.out, processes):
         processes.barrier()
         processes.require_shared(args.out)
-        saved = None
+        path, saved = args.out / "ckpt.pt", None
+        if path.exists() and not (args.resume and path.samefile(args.resume)):
+            raise UsageError(f"{path} exists: continue it with --resume {path}, or choose another "
+                             "--out")
         if args.resume:
             saved = load_checkpoint(args.resume, args.model)
             if saved["step"] >= args.steps:
                 raise UsageError(f"{args.resume} has finished its {args.steps} steps: "
                                  "raise --steps to continue")
-        elif (args.out / "ckpt.pt").exists():
-            raise UsageError(f"{args.out / 'ckpt.pt'} exists: continue it with --resume, or "
-                             "choose another --out")
         if args.model == "tokenizer":
             training = TokenizerTraining(args, processes, saved)
         else:

@@ -242,9 +242,7 @@ def test_missing_buffers_are_added_and_rope_follows_qk_norm():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"x_embedder.proj.weight": None, "tok_embeddings.weight": 1}, "another architecture"),
-    ({"x_embedder.proj.weight": None, "cls_embedding.embedding_table.weight": 1}, "a LlamaGen, not"),
-    ({"x_embedder.proj.weight": None, "encoder.conv_in.weight": 1}, "a tokenizer, not a DiT"),
+    ({"x_embedder.proj.weight": None}, "not a DiT of iFSQ or facebookresearch: .* x_embedder"),
     ({"pos_embed": torch.zeros(1, 15, 32)}, "15 tokens: only square"),
     ({}, "2 layers of width 32: give its number of attention heads with --heads"),
 ])

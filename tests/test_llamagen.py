@@ -206,11 +206,7 @@ def test_arguments_are_read_off_the_weights():
 
 @pytest.mark.parametrize("change, message", [
     ({}, "2 layers of width 16: give its number of attention heads with --heads"),
-    ({"norm.weight": None}, "another architecture, not a class-conditional LlamaGen: .* norm.weight"),
-    ({"norm.weight": None, "x_embedder.proj.weight": 1}, "a DiT, not"),
-    ({"norm.weight": None, "encoder.conv_in.weight": 1}, r"a tokenizer \(VQ-16"),
-    ({"cls_embedding.embedding_table.weight": None, "cls_embedding.cap_proj.fc1.weight": 1},
-     "a text-conditional LlamaGen"),
+    ({"norm.weight": None}, "not a class-conditional LlamaGen: it has no norm.weight"),
     ({"output.1.weight": torch.zeros(5, 16)}, r"digits of \[7, 5\] values: only groups of equal size"),
 ])
 def test_other_files_are_refused(change, message):

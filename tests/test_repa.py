@@ -386,7 +386,7 @@ def test_cknna_that_cannot_be():
     for other, topk in ((a, 1), (a, 8), (a[:7], 3), (a[None], 3)):
         with pytest.raises(ValueError, match="2 <= topk < N"):
             cknna(a, other, topk)
-    with pytest.raises(ValueError, match="N >= 4"):
+    with pytest.raises(ValueError, match="n >= 4"):
         cknna(a[:3], a[:3], 2)
 
 

@@ -137,12 +137,27 @@ def test_log_means_cover_the_rows_between(tmp_path):
 
 def test_an_edited_log_is_kept_aside(tmp_path):
     (tmp_path / "log.csv").write_text("step,loss\n1,0.5\n3,0.4\n")
-    assert len(Log(tmp_path / "log.csv", 2, None, 0).rows) == 1  # step 3 is run again
+    assert len(Log(tmp_path / "log.csv", 2, {"log": {}}, 0).rows) == 1  # step 3 is run again
     (tmp_path / "log.csv").write_text("step,loss\none,0.5\n")
-    log = Log(tmp_path / "log.csv", 2, None, 0)
+    log = Log(tmp_path / "log.csv", 2, {"log": {}}, 0)
     log.write({"step": 3, "loss": 1})
     assert rows(tmp_path) == [{"step": "3", "loss": "1"}]
     assert next(tmp_path.glob("log-*.csv")).read_text() == "step,loss\none,0.5\n"
+
+
+def test_the_log_of_another_run_is_kept_aside(tmp_path):
+    (tmp_path / "log.csv").write_text("step,loss\n1,0.5\n")
+    assert not Log(tmp_path / "log.csv", 0, None, 0).rows
+    assert next(tmp_path.glob("log-*.csv")).read_text() == "step,loss\n1,0.5\n"
+
+
+def test_a_resumed_run_overwrites_no_other(tmp_path, capsys):
+    fit(tmp_path / "a", "--steps", "1")
+    fit(tmp_path / "b", "--steps", "1")
+    before = (tmp_path / "b" / "ckpt.pt").read_bytes()
+    line = refused(capsys, main, ["--resume", tmp_path / "a" / "ckpt.pt", "--steps", "2", "--out",
+                                  tmp_path / "b"])
+    assert "exists" in line and (tmp_path / "b" / "ckpt.pt").read_bytes() == before
 
 
 def test_dtype_follows_the_device():
