@@ -53,12 +53,11 @@ from tqdm import tqdm
 import repa
 from tokenizer import Tokenizer, load_lpips, psnr, published
 from train import (BUILT_IN, CACHE, COUNT, MODELS, TASKS, WEIGHT, WHOLE, Parser, UsageError,
-                   building, cached_tokens, draw_reconstructions,
-                   find_images, guarded, load_checkpoint, load_codec, load_teacher, load_weights,
-                   measure_tokenizer, number, open_images, plain_args, read_file, read_image,
-                   read_teacher, readable,
-                   sample_pictures, seed_of, slope, spread, start_processes, to_float,
-                   validate_generator)
+                   building, cached_tokens, draw_reconstructions, find_images, guarded,
+                   load_checkpoint, load_codec, load_teacher, load_weights, measure_tokenizer,
+                   number, open_images, plain_args, read_file, read_image,
+                   read_teacher, readable, sample_pictures, sampling_settings, seed_of, slope,
+                   spread, start_processes, to_float, validate_generator)
 
 METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
 INCEPTION_METRICS = frozenset(METRICS[4:])
@@ -232,7 +231,7 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
     """
     trained, task = checkpoint["args"], TASKS[checkpoint["kind"]]
     size, classes = trained["image_size"], checkpoint["classes"]
-    settings = sampling_settings(args, checkpoint, kinds, processes)
+    settings = choose_settings(args, checkpoint, kinds, processes)
     codec = load_codec(checkpoint["tokenizer"], size, processes.device)
     model = build_generator(path, checkpoint, args.weights).to(processes.device).eval()
     results = {}
@@ -300,13 +299,14 @@ def build_generator(path, checkpoint, weights):
     return model
 
 
-def sampling_settings(args, checkpoint, kinds, processes):
-    """The settings with which this generator samples: the paper's, or those of the flags.
+def choose_settings(args, checkpoint, kinds, processes):
+    """The settings with which this generator samples: those of the flags, else of its size.
 
     Raises UsageError for flags that suit none of `kinds`; each generator takes what is for it.
     """
     kind = checkpoint["kind"]
-    settings = {**TASKS[kind].sampling, **checkpoint.get("sampling", {})}
+    settings = sampling_settings(kind, checkpoint["args"].get("size"))
+    settings.update(checkpoint.get("sampling", {}))
     names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler",
              "sample_steps", "timestep_shift")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -1399,12 +1399,12 @@ def parse_args(argv=None):
         "unset, all", nargs="+", metavar="CLASS")
     add("--labels", "every class equally often, or drawn at random",
         choices=["balanced", "random"], default="balanced")
-    add("--cfg-scale", "classifier-free guidance, 1 = none; unset, LlamaGen 2 and DiT 1",
+    add("--cfg-scale", "classifier-free guidance, 1 = none; unset, LlamaGen 2 (nano 1.5), DiT 1",
         type=number(float, -1e6, 1e6, "number"), metavar="S")
     add("--cfg-interval", "LlamaGen: guide tokens 0 ... T+1, -1 all; DiT: guide for LO <= t <= HI, "
         "0 noise, 1 data", type=number(float, -1, 1e6, "number"), nargs="+", metavar="T")
-    add("--temperature", "LlamaGen: divides the logits, 0 takes the likeliest token", type=WEIGHT,
-        metavar="T")
+    add("--temperature", "LlamaGen: divides the logits, 0 takes the likeliest token; unset, 1 "
+        "(nano 0.8)", type=WEIGHT, metavar="T")
     add("--top-k", "LlamaGen: draw from the K likeliest tokens, 0 all", type=WHOLE, metavar="K")
     add("--top-p", "LlamaGen: draw from the likeliest tokens that make up P",
         type=number(float, 1e-9, 1, "share"), metavar="P")

@@ -263,7 +263,7 @@ def test_exactly_n_different_samples_in_any_batches(generators, tmp_path, model,
     assert np.array_equal(a, again) and not np.array_equal(a, other)
     assert abs(a.astype(int) - whole).max() <= 1
     results, state = report["results"], load_checkpoint(path)
-    assert report["sampling"]["cfg_scale"] == {"llamagen": 2.0, "dit": 1.0}[model]
+    assert report["sampling"]["cfg_scale"] == {"llamagen": 1.5, "dit": 1.0}[model]
     network = train.MODELS[model](**state["network"])
     assert results["samples"] == 11 and results["train_flops"] == 8 * network.flops_per_image()
     assert results[train.TASKS[model].val_column] > 0
@@ -277,7 +277,7 @@ def test_pictures_and_files(generators, tmp_path):
     assert len(names_in(folder)) == 12
     assert np.array_equal(np.asarray(Image.open(folder / "000007.png")), a[7])
     assert Image.open(folder.with_name(f"{folder.name}.png")).width > 24
-    assert report["sampling"] == {"cfg_scale": 1.5, "cfg_interval": -1, "temperature": 1.0,
+    assert report["sampling"] == {"cfg_scale": 1.5, "cfg_interval": -1, "temperature": 0.8,
                                   "top_k": 3, "top_p": 1.0}
     assert report["labels"] == "random"
 
@@ -299,7 +299,7 @@ def test_flags_of_sampling_go_to_the_generators_they_suit(generators, tmp_path):
                    "--cfg-interval", "0", "0.5", "--cfg-scale", "2", "--out", str(tmp_path)])
     reports = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     used = {report["kind"]: report["sampling"] for report in reports}
-    assert used["llamagen"] == {"cfg_scale": 2, "cfg_interval": -1, "temperature": 1.0, "top_k": 5,
+    assert used["llamagen"] == {"cfg_scale": 2, "cfg_interval": -1, "temperature": 0.8, "top_k": 5,
                                 "top_p": 1.0}
     assert used["dit"]["sample_steps"] == 3 and used["dit"]["cfg_interval"] == [0.0, 0.5]
     assert "top_k" not in used["dit"] and used["dit"]["cfg_scale"] == 2
