@@ -1399,8 +1399,8 @@ def parse_args(argv=None):
         "unset, all", nargs="+", metavar="CLASS")
     add("--labels", "every class equally often, or drawn at random",
         choices=["balanced", "random"], default="balanced")
-    add("--cfg-scale", "classifier-free guidance, 1 = none; unset, LlamaGen 2 (nano 1.5), DiT 1",
-        type=number(float, -1e6, 1e6, "number"), metavar="S")
+    add("--cfg-scale", "classifier-free guidance, 1 = none; unset, LlamaGen 2 (nano 1.5) and DiT 1 "
+        "(nano 2)", type=number(float, -1e6, 1e6, "number"), metavar="S")
     add("--cfg-interval", "LlamaGen: guide tokens 0 ... T+1, -1 all; DiT: guide for LO <= t <= HI, "
         "0 noise, 1 data", type=number(float, -1, 1e6, "number"), nargs="+", metavar="T")
     add("--temperature", "LlamaGen: divides the logits, 0 takes the likeliest token; unset, 1 "

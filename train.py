@@ -1073,7 +1073,7 @@ class DiTTask:
     probe_time = 0.5  # where on the path from noise (0) to data (1) the layers are probed
     sampling = dict(cfg_scale=1.0, cfg_interval=(0.0, 1.0), sampler="euler", sample_steps=250,
                     timestep_shift=1.0, guide_channels=None)
-    nano_sampling = {}
+    nano_sampling = dict(cfg_scale=2.0)  # its samples without guidance are blurred
 
     def arguments(self, args, codec):
         """Constructor arguments, but for num_classes and grad_checkpoint."""

@@ -263,7 +263,7 @@ def test_exactly_n_different_samples_in_any_batches(generators, tmp_path, model,
     assert np.array_equal(a, again) and not np.array_equal(a, other)
     assert abs(a.astype(int) - whole).max() <= 1
     results, state = report["results"], load_checkpoint(path)
-    assert report["sampling"]["cfg_scale"] == {"llamagen": 1.5, "dit": 1.0}[model]
+    assert report["sampling"]["cfg_scale"] == {"llamagen": 1.5, "dit": 2.0}[model]
     network = train.MODELS[model](**state["network"])
     assert results["samples"] == 11 and results["train_flops"] == 8 * network.flops_per_image()
     assert results[train.TASKS[model].val_column] > 0
