@@ -1,7 +1,5 @@
 """repa.py against public implementations (golden vectors), closed forms, and its own promises."""
-import inspect
 import itertools
-import textwrap
 
 import pytest
 import torch
@@ -414,11 +412,3 @@ def test_states_that_do_not_fit():
         with pytest.raises(ValueError, match="hidden states"):
             token_similarity(states, shift)
     assert token_similarity([x[:, :1]], 0) == pytest.approx([1.0])
-
-
-# ---- The example ----
-
-def test_the_example_in_the_docstring_runs(capsys):
-    names = {}
-    exec(textwrap.dedent(inspect.getdoc(repa).split("Usage\n")[1]), names)
-    assert names["hidden"].grad.abs().sum() > 0 and -1 <= float(capsys.readouterr().out) <= 1
