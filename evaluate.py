@@ -14,7 +14,7 @@
 
 The file reads from top to bottom: what is reported of a tokenizer, of a generator, and of two sets
 of images; the metrics, a function each; the Inception network; tables and pictures; the command
-line. A new metric is a function of two sets of features, and a line in `compare`.
+line. A new metric is a function of two sets of features, and some lines in `distances_between`.
 
 A checkpoint's images go through the crop of train.py and through uint8, as a saved picture would,
 before they are measured; two sets of images are measured as they are. PSNR, SSIM and LPIPS are
@@ -665,7 +665,7 @@ def wanted(args, default=INCEPTION_METRICS):
 
 
 def compare(reference, samples, args, names, processes, letter=""):
-    """The metrics `names` of two sets of statistics.
+    """The metrics `names` of two sets of statistics, computed on rank 0.
 
     letter: "r" or "g", put before fid. Returns {"distances": {column: number or None}, and the
     `about` of both sets as "reference" and "compared"}. Raises UsageError if the sets were not
@@ -673,47 +673,60 @@ def compare(reference, samples, args, names, processes, letter=""):
     """
     about = reference["about"], samples["about"]
     check_alike(*about)
-    counts = [a["images"] for a in about if a["images"]]
-    few = min(counts, default=FEW)
-    suffix = f"@{few}" if few < FEW else ""  # the name says of how many images
-    if suffix and names & {"fid", "sfid"}:
-        processes.say(f"warning: with fewer than {FEW} images the Frechet distance is too large, "
-                      "by an amount that depends on their number; kid has no such bias")
-    random = about[1]["inception"] == "random"
-    tag = "random-" if random else ""        # random features give no FID or KID
-    letter = "" if random else letter
-    distances = {}
-    if processes.rank > 0:  # what follows is one process's work
-        return {"distances": distances}
-
-    def both(*keys):
-        return all(key in part for key in keys for part in (reference, samples))
-
-    for name in ("fid", "sfid"):
-        if name in names:
-            mu, sigma = NEEDED[name]
-            distances[f"{tag}{letter}{name}{suffix}"] = frechet_distance(
-                reference[mu], reference[sigma], samples[mu], samples[sigma]
-            ) if both(mu, sigma) else None
-    real, fake = None, None
-    if both("features"):
-        device = "cpu" if processes.device.type == "mps" else processes.device
-        real, fake = (part["features"].to(device).double() for part in (reference, samples))
-    if "kid" in names:
-        # Samples come first in KID, as in torch-fidelity: its subsets depend on the order.
-        mean, error = (None, None) if real is None else kid(fake, real)
-        distances.update({f"{tag}kid": mean, f"{tag}kid_se": error})
-    if "pr" in names:
-        precision, recall = (None, None) if real is None else precision_recall(real, fake)
-        distances.update({f"{tag}precision": precision, f"{tag}recall": recall})
-    if "is" in names:
-        sums = samples.get("class_sums")
-        distances[f"{tag}is"] = None if sums is None else inception_score(sums)
-    lacking = [name for name, value in distances.items() if value is None]
+    if processes.rank > 0:
+        return {"distances": {}}
+    device = "cpu" if processes.device.type == "mps" else processes.device  # MPS has no float64
+    values = distances_between(reference, samples, names, device)
+    lacking = [name for name, value in values.items() if value is None]
     if args.metrics and lacking:
         raise UsageError(f"{', '.join(lacking)}: the stored statistics of {about[0]['name']} or "
                          f"{about[1]['name']} do not hold what it takes; give the images")
+
+    # The column's name says what a reader must know: random-fid@500 is no FID.
+    few = min((a["images"] for a in about if a["images"]), default=FEW)
+    random = about[1]["inception"] == "random"
+    distances = {}
+    for name, value in values.items():
+        if name in ("fid", "sfid"):
+            name = name if random else letter + name
+            name += f"@{few}" if few < FEW else ""
+        distances[f"random-{name}" if random else name] = value
+    if few < FEW and names & {"fid", "sfid"}:
+        processes.say(f"warning: with fewer than {FEW} images the Frechet distance is too large, "
+                      "by an amount that depends on their number; kid has no such bias")
     return {"distances": distances, "reference": about[0], "compared": about[1]}
+
+
+def distances_between(reference, samples, names, device):
+    """{metric: number} of `names`, with "kid_se", "precision" and "recall" for kid and pr.
+
+    A number is None if stored statistics do not hold what the metric takes (`NEEDED`).
+    """
+    values = {}
+    for name in ("fid", "sfid"):
+        if name in names:
+            values[name] = None
+            mu, sigma = NEEDED[name]
+            if mu in reference and mu in samples:
+                values[name] = frechet_distance(reference[mu], reference[sigma], samples[mu],
+                                                samples[sigma])
+    kid_of_both, balls = (None, None), (None, None)
+    if names & {"kid", "pr"} and "features" in reference and "features" in samples:
+        real = reference["features"].to(device).double()                               # (N,2048)
+        fake = samples["features"].to(device).double()                                 # (M,2048)
+        if "kid" in names:
+            # Samples come first, as in torch-fidelity: the subsets depend on the order.
+            kid_of_both = kid(fake, real)
+        if "pr" in names:
+            balls = precision_recall(real, fake)
+    if "kid" in names:
+        values["kid"], values["kid_se"] = kid_of_both
+    if "pr" in names:
+        values["precision"], values["recall"] = balls
+    if "is" in names:  # of the samples alone
+        sums = samples.get("class_sums")
+        values["is"] = None if sums is None else inception_score(sums)
+    return values
 
 
 def check_alike(a, b):
