@@ -1134,53 +1134,31 @@ class GeneratorTraining:
     def __init__(self, args, processes, saved, tokenizer):
         """tokenizer: a tokenizer's checkpoint."""
         self.args, self.processes, self.task = args, processes, TASKS[args.model]
-        device = processes.device
-        self.codec = load_codec(tokenizer, args.image_size, device)
+        self.codec = load_codec(tokenizer, args.image_size, processes.device)
         images, val_images = open_splits(args, processes, saved and saved["classes"])
-        teacher, teacher_state = None, None
+        self.teacher, teacher_state = None, None
         if args.repa_layer:
             teacher_state = saved["teacher"] if saved else find_teacher(args, processes, images,
                                                                         val_images)
-            teacher, name = load_teacher(teacher_state, args.pretrained, processes)
+            self.teacher, name = load_teacher(teacher_state, args.pretrained, processes)
             processes.say(f"layer {args.repa_layer} is aligned with weight {args.repa_weight:g}; "
                           f"teacher: {name}")
         tokens = cached_tokens(args, processes, tokenizer, self.codec, images, "train",
                                2 * args.crops)
         self.val_tokens = cached_tokens(args, processes, tokenizer, self.codec, val_images, "val",
                                         1)
+
         init = {}
         if args.init_from and not saved:
             init = load_checkpoint(args.init_from, args.model, heads=args.heads,
                                    latent_scale=args.latent_scale)
+        # A model that was trained before keeps the scale of its latents.
         latents = (init.get("latents") or init.get("tokenizer", {}).get("latents")
                    or tokenizer.get("latents") or self.measure_latents())
         tokenizer = {**tokenizer, "latents": latents}
         self.codec = self.codec.normalised(latents)
-
-        torch.manual_seed(seed_of(args.seed, -1))
-        with building("the flags"):
-            network = saved["network"] if saved else self.arguments(init, len(images.classes))
-            self.model = MODELS[args.model](**network, grad_checkpoint=args.grad_checkpoint)
-        if init:
-            load_weights(self.model, init, "ema", args.init_from)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False).to(device)
-        whole = self.model.to(device)
-        self.modules = {"model": self.model, "ema": self.ema}
-        self.teacher = teacher
-        if teacher:
-            projector = repa.make_projector(self.model.dim, teacher.dim, args.repa_width)
-            self.modules["projector"] = projector.to(device)
-            whole = repa.Aligned(self.model, projector)  # one module: DDP averages all gradients
-        if args.fsdp:
-            layers = {"llamagen": "layers", "dit": "blocks"}[args.model]
-            processes.shard(*getattr(self.model, layers), self.model)
-            processes.shard(*getattr(self.ema, layers), self.ema)
-            if teacher:
-                processes.shard(projector, whole)
-        optimizer = make_optimizer(args, whole)
-        self.optimizers = {"optimizer": (whole, optimizer)}
-        self.network = processes.wrap(maybe_compile(args, whole))
-        views = RandomViews(tokens, args.seed, with_pixels=teacher is not None)
+        network = self.build(saved, init, len(images.classes))
+        views = RandomViews(tokens, args.seed, with_pixels=self.teacher is not None)
         self.batches = load_batches(args, processes, views, saved["step"] if saved else 0)
         self.header = {"kind": args.model, "network": network, "classes": images.classes,
                        "tokenizer": {name: tokenizer[name] for name in KEPT if name in tokenizer}}
@@ -1190,6 +1168,35 @@ class GeneratorTraining:
         processes.say(f"{args.model} {args.size}: {h} x {w} tokens of "
                       f"{self.codec.tokenizer.quantizer}, {len(images.classes)} classes, "
                       f"{count_parameters(self.model)}; {processes.describe()}")
+
+    def build(self, saved, init, num_classes):
+        """Make the model, its average, the projector of REPA, and the optimizer of it all.
+
+        Returns the constructor arguments of the model.
+        """
+        args, processes = self.args, self.processes
+        torch.manual_seed(seed_of(args.seed, -1))
+        with building("the flags"):
+            network = saved["network"] if saved else self.arguments(init, num_classes)
+            self.model = MODELS[args.model](**network, grad_checkpoint=args.grad_checkpoint)
+        if init:
+            load_weights(self.model, init, "ema", args.init_from)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).to(processes.device)
+        whole = self.model.to(processes.device)
+        self.modules = {"model": self.model, "ema": self.ema}
+        if self.teacher:
+            projector = repa.make_projector(self.model.dim, self.teacher.dim, args.repa_width)
+            self.modules["projector"] = projector.to(processes.device)
+            whole = repa.Aligned(self.model, projector)  # one module: DDP averages all gradients
+        if args.fsdp:
+            layers = {"llamagen": "layers", "dit": "blocks"}[args.model]
+            processes.shard(*getattr(self.model, layers), self.model)
+            processes.shard(*getattr(self.ema, layers), self.ema)
+            if self.teacher:
+                processes.shard(projector, whole)
+        self.optimizers = {"optimizer": (whole, make_optimizer(args, whole))}
+        self.network = processes.wrap(maybe_compile(args, whole))
+        return network
 
     def arguments(self, init, num_classes):
         """Constructor arguments of the model: those of the flags, or of a public file `init`."""
