@@ -162,7 +162,7 @@ def pca_floor(images, model, processes):
     It is fitted on at most 2,000 training images: their f x f patches, where f is the tokenizer's
     downsampling, are reduced to as many values as the tokenizer has channels, and those of a
     scalar quantizer are rounded to the same number of levels. The step of each grid is the best
-    of a few on the training images. So it shows what the network adds.
+    of a few on the training images. A tokenizer below it has learned less than a matrix knows.
     """
     f, d = model.downsample, model.latent_dim
     batch = torch.stack([images[i][0] for i in spread(images, 2000).tolist()])

@@ -337,7 +337,7 @@ class Folder(Dataset):
         """Every tenth of a class's images for "val", the others for "train".
 
         A class of one image keeps it for "train", unless all classes are like that. A tokenizer
-        can learn from those, so every tenth class is held out then.
+        can learn from those, so every tenth class is held out then, from the second one on.
         """
         singles = all(len(paths) == 1 for paths in by_class.values())
         chosen = {}
@@ -750,8 +750,8 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
     scalar = model.quantizer in ("ifsq", "fsq")
     usage = CodeUsage(model.levels) if model.discrete else None
     scores = torch.zeros(len(places), len(metrics), dtype=exact)
-    sums = torch.zeros(4, model.latent_dim, dtype=torch.float64)  # of z, z^2, pre, pre^2
-    bins = torch.zeros(model.latent_dim, 4096, dtype=torch.float64)
+    sums = torch.zeros(4, model.latent_dim, dtype=torch.float64)     # of z, z^2, pre, pre^2
+    bins = torch.zeros(model.latent_dim, 4096, dtype=torch.float64)  # a histogram of y in [-1, 1]
     count, seconds = torch.zeros((), dtype=torch.float64), 0.0
     mine = torch.arange(processes.rank, len(places), processes.world)
     loader = DataLoader(Subset(images, places[mine].tolist()), batch_size,
@@ -786,12 +786,13 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
             bins.scatter_add_(1, place.T, torch.ones_like(place.T, dtype=torch.float64))
     scores, sums = processes.sum(scores), processes.sum(sums)  # one process wrote each row
     sums, bins = sums / processes.sum(count), processes.sum(bins)
-    std = (sums[1::2] - sums[::2].square()).clamp(min=0).sqrt()                        # (2,d)
-    latents = {"mean": sums[0].tolist(), "std": std[0].tolist()}
+    means, squares = sums[::2], sums[1::2]                            # of z and pre: (2,d)
+    std = (squares - means.square()).clamp(min=0).sqrt()
+    latents = {"mean": means[0].tolist(), "std": std[0].tolist()}
     if scalar:
-        cdf = bins.cumsum(1) / bins.sum(1, keepdim=True)
+        cdf = bins.cumsum(1) / bins.sum(1, keepdim=True)                               # (d,4096)
         gap = (cdf - torch.arange(1, 4097) / 4096).abs().amax(1)
-        latents.update(pre_mean=sums[2].tolist(), pre_std=std[1].tolist(), ks=gap.tolist())
+        latents.update(pre_mean=means[1].tolist(), pre_std=std[1].tolist(), ks=gap.tolist())
     if usage and processes.world > 1:
         usage.all_reduce()
     return {**dict(zip(metrics, scores.mean(0).tolist())), "images": len(places),
@@ -810,13 +811,15 @@ def draw_reconstructions(path, model, images, processes, columns=8):
 
 
 # ---- The tokens: the data set as integers -------------------------------------------------------
+#
+#   indices   one integer for each latent position: (B,T) int64 in [0, product of the levels)
+#   z         what the decoder takes: (B,d,h,w), for ifsq and fsq on the grid of codes
+#   tokens    what the cache holds of an image: its indices, or z if the tokenizer is continuous
+#   latents   z normalised channel by channel, about N(0, 1): (B,d,h,w), the data of DiT. The entry
+#             "latents" of a checkpoint holds the means and deviations that it takes.
 
 class Codec(NamedTuple):
-    """The frozen tokenizer of stage two: from cached tokens to latents, and back to pictures.
-
-    `tokens` are what the cache holds: indices (B,T) int64, or latents (B,d,h,w) if the tokenizer
-    is continuous. `latents` are normalised by channel, about N(0, 1): the data of DiT.
-    """
+    """The frozen tokenizer of stage two: from cached tokens to latents, and back to pictures."""
     tokenizer: Tokenizer
     grid: tuple                 # (h, w)
     mean: torch.Tensor = 0.0    # (1,d,1,1), of z over validation images
@@ -1702,7 +1705,7 @@ class Processes(NamedTuple):
         if self.rank == 0:
             mark.touch()
         self.barrier()
-        missing = self.largest((self.rank + 1) * (not mark.exists()))
+        missing = self.largest(0 if mark.exists() else self.rank + 1)
         if self.rank == 0:
             mark.unlink()
         if missing:
