@@ -82,13 +82,13 @@ NETWORKS = {
 # all other sizes.
 SCHEDULES = {
     ("tokenizer", "nano"): dict(
-        optimizer="muon", steps=600, batch_size=16, lr=0.02, weight_decay=0.0, warmup=50,
+        optimizer="muon", steps=560, batch_size=16, lr=0.02, weight_decay=0.0, warmup=50,
         cooldown=0.4, grad_clip=1.0, ema_decay=0.99),
     ("tokenizer", "paper"): dict(
         optimizer="adamw", steps=1_000_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0,
         cooldown=0.0, grad_clip=1.0, ema_decay=0.999),
     ("llamagen", "nano"): dict(
-        optimizer="muon", steps=500, batch_size=32, lr=0.025, weight_decay=0.05, warmup=30,
+        optimizer="muon", steps=480, batch_size=32, lr=0.025, weight_decay=0.05, warmup=30,
         cooldown=0.5, grad_clip=1.0, ema_decay=0.98, dropout=0.0, token_groups=0,
         repa_weight=2.0, repa_width=512),
     ("llamagen", "paper"): dict(
@@ -298,7 +298,7 @@ class Folder(Dataset):
             chosen = [self.held_out(parts[0], split)]
             rule = f"{split}: every tenth image of a class is held out"
         else:
-            rule = " and ".join(p.name + "/" for p in (train, val) if p) if val else "all images"
+            rule = f"{train.name}/ and {val.name}/" if val else "all images"
         self.paths, self.targets = [], []
         for by_class in chosen:
             for label, name in enumerate(self.classes):
@@ -375,7 +375,8 @@ def readable(paths):
 
     def try_to_read(path):
         with contextlib.suppress(Exception):
-            return read_image(path).size > (0, 0)
+            read_image(path)
+            return True
         return False
 
     with ThreadPoolExecutor() as pool:
@@ -543,6 +544,14 @@ def open_splits(args, processes, classes=None):
     return train, val
 
 
+def micro_batch_size(batch_size, world, grad_accum):
+    """How many images of a batch a process works on at a time."""
+    if batch_size % (world * grad_accum):
+        raise UsageError(f"--batch-size {batch_size} cannot be divided among {world} processes "
+                         f"x --grad-accum {grad_accum}")
+    return batch_size // (world * grad_accum)
+
+
 class Batches:
     """Sampler of this process's micro-batches of (index, epoch) from step `start` on, endless.
 
@@ -552,14 +561,11 @@ class Batches:
     """
 
     def __init__(self, length, batch_size, start, seed, rank=0, world=1, grad_accum=1):
-        if batch_size % (world * grad_accum):
-            raise UsageError(f"--batch-size {batch_size} cannot be divided among {world} processes "
-                             f"x --grad-accum {grad_accum}")
         if batch_size > length:
             raise UsageError(f"--batch-size {batch_size} is larger than the {length} training "
                              "images: lower it")
         self.length, self.batch_size, self.start, self.seed = length, batch_size, start, seed
-        self.size = batch_size // (world * grad_accum)  # of a micro-batch
+        self.size = micro_batch_size(batch_size, world, grad_accum)
         self.micro_batches = range(rank * grad_accum, (rank + 1) * grad_accum)
         self.permutation = functools.lru_cache(2)(self.permutation)
 
@@ -645,7 +651,8 @@ class TokenizerTraining:
 
         device = processes.device
         torch.manual_seed(seed_of(args.seed, -1))
-        network, init = saved["network"] if saved else tokenizer_arguments(args), None
+        network = saved["network"] if saved else tokenizer_arguments(args)
+        init = None
         if args.init_from and not saved:
             init = load_checkpoint(args.init_from, "tokenizer", levels=args.levels,
                                    alpha=args.alpha)
@@ -795,8 +802,9 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
         latents.update(pre_mean=means[1].tolist(), pre_std=std[1].tolist(), ks=gap.tolist())
     if usage and processes.world > 1:
         usage.all_reduce()
+    seconds = processes.largest(1e6 * seconds) / 1e6  # of the slowest process
     return {**dict(zip(metrics, scores.mean(0).tolist())), "images": len(places),
-            "images_per_s": processes.world * len(mine) / seconds,
+            "images_per_s": len(places) / seconds,
             "codes": usage.report() if usage else None, "latents": latents}
 
 
@@ -812,7 +820,8 @@ def draw_reconstructions(path, model, images, processes, columns=8):
 
 # ---- The tokens: the data set as integers -------------------------------------------------------
 #
-#   indices   one integer for each latent position: (B,T) int64 in [0, product of the levels)
+#   codes     the values on the grid between which the quantizer chooses
+#   indices   one integer for each latent position, the number of its code: (B,T) int64
 #   z         what the decoder takes: (B,d,h,w), for ifsq and fsq on the grid of codes
 #   tokens    what the cache holds of an image: its indices, or z if the tokenizer is continuous
 #   latents   z normalised channel by channel, about N(0, 1): (B,d,h,w), the data of DiT. The entry
@@ -1381,11 +1390,11 @@ def load_teacher(teacher, folder, processes):
 
 # ---- The loop -----------------------------------------------------------------------------------
 
-def fit(training, args, processes, saved):
+def fit(training, args, processes, saved, first_stage=False):
     """Train until args.steps, from the step of the checkpoint `saved` on; the same for all models.
 
-    training: a TokenizerTraining or GeneratorTraining. Leaves OUT/log.csv and OUT/ckpt.pt, and
-    returns the path of the latter.
+    training: a TokenizerTraining or GeneratorTraining. first_stage: whether a generator is trained
+    next. Leaves OUT/log.csv and OUT/ckpt.pt, and returns the path of the latter.
     """
     path, start = args.out / "ckpt.pt", 0
     scaler = torch.amp.GradScaler(processes.device.type,
@@ -1421,9 +1430,8 @@ def fit(training, args, processes, saved):
 
             # The step: gradients of true scale are clipped, then used.
             scaler.unscale_(optimizer)
-            limit = args.grad_clip or math.inf
-            if is_critic:  # it is neither clipped nor averaged
-                limit = math.inf
+            # The critic is neither clipped nor averaged.
+            limit = math.inf if is_critic else args.grad_clip or math.inf
             norm = nn.utils.clip_grad_norm_(network.parameters(), limit)
             if not scaler.is_enabled():  # fp16 meets infinite gradients by design, and skips them
                 log.add({"grad_norm": norm})
@@ -1461,11 +1469,12 @@ def fit(training, args, processes, saved):
                          **training_state(training, processes)}
                 if processes.rank == 0:
                     save_checkpoint(path, state)
-            if stop and done < args.steps:
+            if stop and (done < args.steps or first_stage):
                 bar.close()
                 processes.barrier()
+                flag = "" if first_stage else " with --resume"
                 processes.say(f"{signal.Signals(stop).name}: saved {path} at step {done}; the same "
-                              "command with --resume continues from there")
+                              f"command{flag} continues from there")
                 sys.exit(128 + stop)
     bar.close()
     processes.barrier()  # the others may read the checkpoint next
@@ -1745,10 +1754,6 @@ def is_sharded(module):
 def maybe_compile(args, network):
     if not args.compile:
         return network
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        raise UsageError(f"--compile needs a C++ compiler, and there is no {compiler}: install "
-                         "one, or leave --compile out")
     # The adaptive weight of the discriminator goes through the graph twice.
     torch._functorch.config.donated_buffer = False
     return torch.compile(network)
@@ -2263,7 +2268,10 @@ class Log:
                      for name, (total, count) in (saved["log"] if saved else {}).items()}
         self.restart_clock(start)
         if rank == 0 and path.exists():
-            self.rows = self.read(start) if saved else self.put_aside("of another run")
+            if saved and path.with_name("ckpt.pt").exists():
+                self.rows = self.read(start)
+            else:
+                self.put_aside("of another run")
             self.write_all()
 
     def read(self, start):
@@ -2279,15 +2287,15 @@ class Log:
                 if values["step"] <= start:
                     rows.append(row)
         except (ValueError, KeyError, TypeError, OSError, csv.Error) as error:
-            return self.put_aside(f"edited, {error}")
+            self.put_aside(f"edited, {error}")
+            return []
         return rows
 
     def put_aside(self, why):
-        """Give the file another name. Returns the rows that are left: none."""
+        """Give the file another name."""
         aside = self.path.with_name(f"log-{uuid.uuid4().hex[:8]}.csv")
         os.replace(self.path, aside)
         tqdm.write(f"{self.path} ({why}) is kept as {aside.name}, and a new one begins")
-        return []
 
     def write_all(self):
         """Write every row into a new file and put that in place of the old one."""
@@ -2317,7 +2325,7 @@ class Log:
             if hasattr(value, "full_tensor"):  # a norm of divided parameters
                 value = value.full_tensor()
             total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value.detach(), count + 1)
+            self.sums[name] = (total + value.detach().float(), count + 1)
 
     def state(self):
         """The running sums, for the checkpoint."""
@@ -2390,6 +2398,7 @@ WHOLE = number(int, 0, 2**31 - 1, "integer")
 WEIGHT = number(float, 0, 1e6, "number")
 RATE = number(float, 1e-12, 1e6, "number")
 SHARE = number(float, 0, 1 - 1e-9, "share")
+SWITCH = argparse.BooleanOptionalAction  # a run that continues may turn it off with --no-...
 
 
 def slope(text):
@@ -2413,7 +2422,7 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
 
         def add(name, help, **kwargs):
-            plain = kwargs.get("action") == "store_true"
+            plain = "action" in kwargs  # a switch
             group.add_argument(name, help=help if plain else f"{help} (default: %(default)s)",
                                **kwargs)
         return add
@@ -2437,11 +2446,12 @@ def make_parser():
     add("--num-workers", "processes that decode images; unset, 8 a GPU and 0 on a CPU",
         type=number(int, 0, 512, "integer"), metavar="N")
     add("--skip-bad-images", "read every image once at the start, and leave out the unreadable",
-        action="store_true")
+        action=SWITCH, default=False)
 
     add = parser.add_group("tokenizer")
     add("--tokenizer", "trained tokenizer for a generator; unset, OUT/tokenizer/ckpt.pt, which is "
-        "trained first if it is missing", metavar="CKPT")
+        "trained first if it is missing, with the preset's optimizer, rates and batch",
+        metavar="CKPT")
     add("--tokenizer-steps", "steps of that first stage; unset, those of --model tokenizer",
         type=COUNT, metavar="N")
     add("--quantizer", "bottleneck", choices=QUANTIZERS, default="ifsq")
@@ -2477,9 +2487,9 @@ def make_parser():
     add("--cache-dir", "folder of the token caches", type=Path, default=Path("out/cache"),
         metavar="DIR")
     add("--grad-checkpoint", "recompute each layer in the backward pass: less memory, a third "
-        "more time", action="store_true")
+        "more time", action=SWITCH, default=False)
     add("--fsdp", "divide weights, gradients and optimizer of the generator among the processes",
-        action="store_true")
+        action=SWITCH, default=False)
 
     add = parser.add_group("alignment of a generator with a vision encoder (REPA)")
     add("--repa-layer", "align the hidden state after layer K (the first is 1; a third of the "
@@ -2508,7 +2518,7 @@ def make_parser():
         metavar="D")
     add("--dtype", "arithmetic of the networks; auto: bf16 where the hardware has it",
         choices=["auto", "bf16", "fp16", "fp32"], default="auto")
-    add("--compile", "torch.compile the network", action="store_true")
+    add("--compile", "torch.compile the network", action=SWITCH, default=False)
     add("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--seed", "of everything that is random", type=WHOLE, default=0)
 
@@ -2537,9 +2547,9 @@ def make_parser():
 def parse_args(argv=None):
     """The command line as a Namespace.
 
-    Of the flag's default, the preset of its size, the flags stored in the checkpoint that --resume
-    or --tokenizer names, and the flags given, the later ones win: presets set argparse's defaults,
-    and stored flags are parsed in front of the given ones.
+    Each overrides those before it: a flag's default, the preset of its size, the value stored in
+    the checkpoint that --resume or --tokenizer names, the value given. Presets set argparse's
+    defaults, and stored flags are parsed in front of the given ones.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
@@ -2657,6 +2667,10 @@ def refuse_changes(args, before, purpose, free=(), tunable=()):
 
 def check_args(args):
     """Raise UsageError for flags that do not fit together, before anything is read or written."""
+    compiler = os.environ.get("CXX", "g++")
+    if args.compile and not shutil.which(compiler):
+        raise UsageError(f"--compile needs a C++ compiler, and there is no {compiler}: install "
+                         "one, or leave --compile out")
     f, longest = args.downsample, 2 ** (len(args.multipliers) - 1)
     if f & (f - 1) or f > longest:
         raise UsageError(f"--downsample must be a power of 2 up to {longest}, not {f}")
@@ -2682,6 +2696,12 @@ def check_args(args):
     if args.fsdp and args.optimizer == "muon":
         raise UsageError("--optimizer muon needs whole matrices, which --fsdp divides: take "
                          "--optimizer adamw, or leave --fsdp out")
+    if args.model == "dit" and any(side // f % args.patch_size for side in args.image_size):
+        raise UsageError(f"--patch-size {args.patch_size} does not divide the latent grid of "
+                         f"{' x '.join(str(side // f) for side in args.image_size)}")
+    if args.model == "llamagen" and args.token_groups:
+        with building("--token-groups"):
+            llamagen.group_vocab([0] if args.quantizer == "vq" else args.levels, args.token_groups)
     if args.model == "llamagen" and args.quantizer in ("vae", "ae"):
         raise UsageError(f"--model llamagen predicts integers, which a {args.quantizer} tokenizer "
                          "does not have: use --model dit or another --quantizer")
@@ -2700,18 +2720,19 @@ def first_stage_args(args, images):
     """
     kind = "nano" if args.size == "nano" else "paper"
     flags = {**vars(args), **SCHEDULES["tokenizer", kind], "model": "tokenizer", "size": kind,
-             "out": args.out / "tokenizer", "init_from": None, "resume": None, "grad_accum": 1,
-             "fsdp": False, "repa_layer": None, "compile": False}
+             "out": args.out / "tokenizer", "init_from": None, "resume": None, "fsdp": False,
+             "repa_layer": None, "compile": False}
     flags["steps"] = args.tokenizer_steps or flags["steps"]
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    fitting = min(flags["batch_size"], images) // world * world
-    flags["batch_size"] = fitting or world
+    parts = args.grad_accum * (dist.get_world_size() if dist.is_initialized() else 1)
+    fitting = min(flags["batch_size"], images) // parts * parts
+    flags["batch_size"] = fitting or parts
     return argparse.Namespace(**flags)
 
 
 def first_stage(args, processes):
     """The path of OUT/tokenizer/ckpt.pt, trained or continued now if it is not finished."""
-    images = open_images(args.data, "train", args.image_size, skip_bad=args.skip_bad_images)
+    with processes.in_turn():
+        images = open_images(args.data, "train", args.image_size, skip_bad=args.skip_bad_images)
     flags = first_stage_args(args, len(images))
     path, saved = flags.out / "ckpt.pt", None
     if path.exists():
@@ -2722,12 +2743,14 @@ def first_stage(args, processes):
         if saved["step"] >= flags.steps:
             return path
     processes.say(f"first {'continuing' if saved else 'training'} the tokenizer in {flags.out}")
-    return fit(TokenizerTraining(flags, processes, saved), flags, processes, saved)
+    return fit(TokenizerTraining(flags, processes, saved), flags, processes, saved,
+               first_stage=True)
 
 
 def train(args):
     """Train what the flags say. Returns the path of the checkpoint."""
     processes = start_processes(args)
+    micro_batch_size(args.batch_size, processes.world, args.grad_accum)  # before any work is done
     with only_run_in(args.out, processes):
         processes.barrier()
         processes.require_shared(args.out)

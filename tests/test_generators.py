@@ -78,7 +78,7 @@ ALIGNED = ["--tokenizer", "{ifsq}", "--repa-layer", "1"]
     (["--tokenizer", "{ifsq}", "--image-size", "18"], "not a multiple"),
     (["--tokenizer", "{ifsq}", "--token-groups", "3"], "3 groups"),
     (["--tokenizer", "{ifsq}", "--levels", "5", "5"], "--levels was [9, 8, 9, 8], is [5, 5]"),
-    (["--tokenizer", "{ifsq}", "--model", "dit", "--patch-size", "4"], "patch_size"),
+    (["--tokenizer", "{ifsq}", "--model", "dit", "--patch-size", "4"], "4 does not divide"),
     (["--tokenizer", "{ifsq}", "--fsdp"], "--optimizer muon needs whole matrices"),
     (["--tokenizer", "{ifsq}", "--init-from", "{ifsq}"], "not of a llamagen"),
     (["--repa-teacher", "classifier"], "needs --repa-layer"),

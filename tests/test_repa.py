@@ -382,7 +382,7 @@ def test_cknna_of_equal_turned_and_unrelated_features():
 def test_cknna_that_cannot_be():
     a = torch.randn(8, 3)
     for other, topk in ((a, 1), (a, 8), (a[:7], 3), (a[None], 3)):
-        with pytest.raises(ValueError, match="2 <= topk < N"):
+        with pytest.raises(ValueError, match="2 <= topk < n"):
             cknna(a, other, topk)
     with pytest.raises(ValueError, match="n >= 4"):
         cknna(a[:3], a[:3], 2)

@@ -136,6 +136,7 @@ def test_log_means_cover_the_rows_between(tmp_path):
 
 
 def test_an_edited_log_is_kept_aside(tmp_path):
+    (tmp_path / "ckpt.pt").touch()
     (tmp_path / "log.csv").write_text("step,loss\n1,0.5\n3,0.4\n")
     assert len(Log(tmp_path / "log.csv", 2, {"log": {}}, 0).rows) == 1  # step 3 is run again
     (tmp_path / "log.csv").write_text("step,loss\none,0.5\n")
@@ -146,9 +147,11 @@ def test_an_edited_log_is_kept_aside(tmp_path):
 
 
 def test_the_log_of_another_run_is_kept_aside(tmp_path):
-    (tmp_path / "log.csv").write_text("step,loss\n1,0.5\n")
-    assert not Log(tmp_path / "log.csv", 0, None, 0).rows
-    assert next(tmp_path.glob("log-*.csv")).read_text() == "step,loss\n1,0.5\n"
+    for saved in None, {"log": {}}:  # a new run, and one that began elsewhere
+        (tmp_path / "log.csv").write_text("step,loss\n1,0.5\n")
+        assert not Log(tmp_path / "log.csv", 2, saved, 0).rows
+    kept = [path.read_text() for path in tmp_path.glob("log-*.csv")]
+    assert kept == ["step,loss\n1,0.5\n"] * 2
 
 
 def test_a_resumed_run_overwrites_no_other(tmp_path, capsys):
@@ -457,3 +460,31 @@ def test_checkpoints_of_the_first_format(first_format, tmp_path, capsys, kind):
     after = load_checkpoint(path)
     assert (after["format"], after["step"], after["args"]["optimizer"]) == (2, 3, "adamw")
     assert after["network"] == state["network"]
+
+
+def test_an_interrupted_first_stage_is_continued_by_the_same_command(tmp_path, small, capsys,
+                                                                     monkeypatch):
+    argv = ["--out", tmp_path / "out", "--cache-dir", tmp_path / "cache", "--device", "cpu",
+            "--image-size", "16", "--steps", "1", "--tokenizer-steps", "2", "--batch-size", "4"]
+    argv = list(map(str, argv))
+
+    def interrupted(self):
+        self.signal, self.before = signal.SIGINT, {}
+        return self
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Interrupts, "__enter__", interrupted)
+        for step in 1, 2:  # in the middle, and at the end
+            with pytest.raises(SystemExit) as stop:
+                main(argv)
+            assert stop.value.code == 128 + signal.SIGINT
+            assert f"at step {step}; the same command continues" in capsys.readouterr().out
+    main(argv)
+    assert (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def test_a_switch_can_be_turned_off_again(tmp_path, small):
+    main([*TINY, "--out", str(tmp_path), "--steps", "1", "--skip-bad-images"])
+    resume = ["--resume", str(tmp_path / "ckpt.pt"), "--steps", "2"]
+    assert train.parse_args(resume).skip_bad_images
+    assert not train.parse_args([*resume, "--no-skip-bad-images"]).skip_bad_images
