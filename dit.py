@@ -2,8 +2,8 @@
 
     image -> Tokenizer.encode -> latents --[ this file ]--> new latents -> Tokenizer.decode -> image
 
-Here latents are about N(0, 1) in each channel. The caller normalises what the tokenizer gives, and
-undoes that before it decodes.
+Here each channel of the latents has about mean 0 and variance 1: the caller normalises what the
+tokenizer gives, and undoes that before it decodes.
 
 The chapters: embeddings, the network, the loss, the sampler, released checkpoints. The file needs
 only torch and knows nothing of the tokenizer. The caller draws everything random (noise, times,
@@ -48,7 +48,7 @@ SIZES = {  # name: (depth, width, heads); nano is ours, for a laptop, the others
 # ---- Embeddings: position, patch, time and class ----
 
 def grid_angles(height, width, count):
-    """Row and column of each token times `count` frequencies from 1 to 1e-4: two of (T, count)."""
+    """Row and column of each token times `count` frequencies from 1 to about 1e-4: two (T, count)."""
     freqs = 10000.0 ** (-torch.arange(count) / count)          # (count,)
     rows = torch.arange(height).repeat_interleave(width)       # (T,)
     cols = torch.arange(width).repeat(height)                  # (T,)
@@ -415,7 +415,7 @@ def flow_matching_loss(model, x1, labels, noise, t, cosine=True, drop=None, hidd
 # ---- The sampler: follow dx/dt = velocity(x, t) from noise at t=0 to data at t=1 ----
 
 def time_grid(steps, timestep_shift=1.0):
-    """The steps + 1 times from 0 to 1 as floats: uniform t -> s*t / (1 + (s-1)*t), s the shift.
+    """The steps + 1 times from 0 to 1 as floats: uniform t -> s*t / (s*t + 1 - t), s the shift.
 
     s = 1 is uniform, and so is 0, the public code's "no shift". s < 1 takes small steps near the
     noise, s > 1 near the data. In arXiv 2403.03206 t runs the other way and the shift is 1/s.
@@ -426,7 +426,7 @@ def time_grid(steps, timestep_shift=1.0):
                          "a shift >= 0 (1 or 0 = uniform)")
     shift = timestep_shift or 1.0
     uniform = [k / steps for k in range(steps + 1)]
-    return [shift * t / (1 + (shift - 1) * t) for t in uniform]
+    return [shift * t / (shift * t + (1 - t)) for t in uniform]
 
 
 def guided_velocity(model, x, t, labels, cfg_scale, guide_channels=None):

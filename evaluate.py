@@ -24,8 +24,8 @@ function of (seed, i) and its class.
 
 A Frechet distance means little without its conditions, which the report holds: the reference, the
 number and a hash of the images, the crop, the resize, the weights. rFID compares a tokenizer's
-reconstructions with the crops that it was given, gFID compares samples with --reference. With
-fewer than 2,048 images it is biased upward and is called fid@N; KID has no such bias.
+reconstructions with the crops that it was given, gFID compares samples with --reference. It is
+biased upward, the more so the fewer the images: below 2,048 it is called fid@N. KID has no bias.
 """
 import argparse
 import functools
@@ -60,6 +60,8 @@ from train import (BUILT_IN, CACHE, COUNT, MODELS, TASKS, WEIGHT, WHOLE, Parser,
                    spread, start_processes, to_float, validate_generator)
 
 METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
+SAMPLING = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler",
+            "sample_steps", "timestep_shift")  # the flags that say how a generator is sampled
 INCEPTION_METRICS = frozenset(METRICS[4:])
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -165,7 +167,8 @@ def pca_floor(images, model, processes):
     of a few on the training images. A tokenizer below it has learned less than a matrix knows.
     """
     f, d = model.downsample, model.latent_dim
-    batch = torch.stack([images[i][0] for i in spread(images, 2000).tolist()])
+    count = min(2000, max(128, 2**23 // math.prod(images.image_size)))  # large ones need memory
+    batch = torch.stack([images[i][0] for i in spread(images, count).tolist()])
     patches = F.pixel_unshuffle(batch.double() / 255, f).movedim(1, -1).flatten(0, -2)  # (N,3ff)
     mean = patches.mean(0)
     _, vectors = scipy.linalg.eigh(torch.cov(patches.T).numpy())
@@ -226,8 +229,8 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
     """The report of a generator's checkpoint; draws OUT/NAME.png, and keeps samples if asked to.
 
     network: Inception or None. references: {(source, crop): statistics}, shared by several
-    checkpoints. teacher: what `load_teacher` returns, for --probe, or None. kinds: of all
-    generators to be evaluated.
+    checkpoints. teacher: what `load_teacher` returns, for --probe, or None. kinds: those of all
+    generators in this call.
     """
     trained, task = checkpoint["args"], TASKS[checkpoint["kind"]]
     size, classes = trained["image_size"], checkpoint["classes"]
@@ -235,7 +238,7 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
     codec = load_codec(checkpoint["tokenizer"], size, processes.device)
     model = build_generator(path, checkpoint, args.weights).to(processes.device).eval()
     results = {}
-    validation = try_validation(path, checkpoint, codec, args, processes)
+    validation, about_validation = try_validation(path, checkpoint, codec, args, processes)
     if validation:
         results[task.val_column] = validate_generator(task, model, codec, validation, processes)
     if teacher:
@@ -245,10 +248,12 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
 
     labels = choose_labels(args, classes)
     reference, measure = None, None
-    if network:
+    if network and (args.metrics or not args.classes):  # chosen classes are to be looked at
         reference = find_reference(trained["data"], size, args, processes, network, references)
     if reference:
         measure = Measure(network, len(labels), wanted(args))
+        check_alike(reference["about"], {"name": "the samples", "inception": network.label,
+                                         "preprocessing": network.preprocessing})
     judge = find_judge(checkpoint, args, processes)
     samples = Pictures(name, len(labels), size, args, processes, keep=True)
     right, seconds = torch.zeros(len(labels)), 0.0
@@ -266,7 +271,7 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
                 measure.update(pictures, block)
             if judge:
                 right[block] = judge.right(pictures, labels[block], classes)
-    seconds = processes.largest(1e6 * seconds) / 1e6  # of the slowest process
+    seconds = processes.largest(seconds)
     processes.barrier()  # all pictures are there
     if processes.rank == 0:
         draw_classes(args.out / f"{name}.png", samples.array(), labels, classes)
@@ -288,7 +293,7 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
                    train_flops=seen * model.flops_per_image())
     return describe(path, checkpoint, args, processes, results, sampling=settings,
                     labels="chosen" if args.classes else args.labels, seed=args.seed,
-                    image_size=size)
+                    image_size=size, validation=about_validation)
 
 
 def build_generator(path, checkpoint, weights):
@@ -307,9 +312,7 @@ def choose_settings(args, checkpoint, kinds, processes):
     kind = checkpoint["kind"]
     settings = sampling_settings(kind, checkpoint["args"].get("size"))
     settings.update(checkpoint.get("sampling", {}))
-    names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler",
-             "sample_steps", "timestep_shift")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     foreign = [name for name in given if not any(name in TASKS[k].sampling for k in kinds)]
     if foreign:
         flag = foreign[0].replace("_", "-")
@@ -379,7 +382,8 @@ def open_evaluation(checkpoint, args, processes, **kwargs):
 
 
 def try_validation(path, checkpoint, codec, args, processes):
-    """The Tokens of a generator's validation images, or None with a word if they are not here."""
+    """(Tokens of a generator's validation images, which images these are), or (None, None) with a
+    word if they are not here."""
     args = argparse.Namespace(**{**vars(args), "cache_dir": args.out / "cache"})
     trained = checkpoint["args"]
     try:
@@ -393,9 +397,10 @@ def try_validation(path, checkpoint, codec, args, processes):
         if args.data:
             raise
         processes.say(f"validation loss n/a: {error}")
-        return None
+        return None, None
     args.data = data
-    return cached_tokens(args, processes, checkpoint["tokenizer"], codec, images, split, 1)
+    tokens = cached_tokens(args, processes, checkpoint["tokenizer"], codec, images, split, views=1)
+    return tokens, {"data": data, "split": split, "images": min(1000, len(images))}
 
 
 @torch.no_grad()
@@ -909,9 +914,9 @@ class Mixed(nn.Module):
     """An Inception block: chains of convolutions side by side, joined along the channels.
 
     chains: {name: [(channels, kernel), ...]}. The layers of a chain are called NAME_1, NAME_2,
-    ..., a single one NAME. With fork the last two of a longer chain, say NAME_2a and NAME_2b, both
-    read the one before. pool: "mean" or "max" is the input of `branch_pool`; "half" halves the
-    image: a max pool joins chains whose last layer has stride 2.
+    ..., a single one NAME. With fork the last two layers of a longer chain, NAME_2a and NAME_2b,
+    run side by side on the output of the one before. pool: "mean" or "max" is the input of
+    `branch_pool`; "half" halves the image: a max pool joins chains whose last layer has stride 2.
     """
 
     def __init__(self, c_in, pool="mean", fork=False, **chains):
@@ -1230,9 +1235,8 @@ def draw_panel(pen, box, title, curves, colours, xlabel, font):
 def describe(path, checkpoint, args, processes, results, **settings):
     """A report: the results with everything that they depend on."""
     return {"kind": checkpoint["kind"], "checkpoint": str(path), "paths": paths_of([path]),
-            "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-            "step": checkpoint["step"], "weights": args.weights, **settings,
-            "flags": plain_args(args), "training": checkpoint["args"],
+            "sha256": checkpoint["sha256"], "step": checkpoint["step"], "weights": args.weights,
+            **settings, "flags": plain_args(args), "training": checkpoint["args"],
             "device": str(processes.device), "processes": processes.world,
             "torch": torch.__version__, "results": results}
 
@@ -1460,6 +1464,10 @@ def parse_args(argv=None):
         raise UsageError("give checkpoints, or two sets of images (or one and --save-reference), "
                          f"not {len(args.checkpoints) - len(sets)} checkpoints and {len(sets)} "
                          "sets (--help explains all flags)")
+    inputs = [Path(path).resolve() for path in [*args.checkpoints, args.reference] if path]
+    if args.save_reference and args.save_reference.resolve() in inputs:
+        raise UsageError(f"--save-reference {args.save_reference} would replace what is measured: "
+                         "choose another name")
     beside = Path("out") if sets else Path(args.checkpoints[0]).parent
     args.out = args.out or beside / "eval"
     return args
@@ -1475,6 +1483,8 @@ def load_all(args):
     checkpoints = {}
     for path in args.checkpoints:
         checkpoint = load_checkpoint(path, **overrides)
+        with open(path, "rb") as file:  # now: a training that goes on may replace it
+            checkpoint["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         if checkpoint["kind"] == "classifier":
             raise UsageError(f"{path} is a classifier, the teacher of a generator: give the "
                              "checkpoint of a generator or tokenizer")
@@ -1547,10 +1557,8 @@ def probe_teacher(args, checkpoints, processes):
 
 def refuse_sampling(args):
     """Raise UsageError for flags of a generator's samples, where there is none."""
-    for name in ("reference", "save_reference", "judge", "probe", "classes", "cfg_scale",
-                 "cfg_interval", "temperature", "top_k", "top_p", "sampler", "sample_steps",
-                 "timestep_shift"):
-        if getattr(args, name) not in (None, False):
+    for name in ("reference", "save_reference", "judge", "probe", "classes", *SAMPLING):
+        if getattr(args, name) is not None and getattr(args, name) is not False:
             raise UsageError(f"--{name.replace('_', '-')} is for the samples of generators; a "
                              "tokenizer is measured on its own images: leave it out")
 

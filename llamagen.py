@@ -291,7 +291,8 @@ class LlamaGen(nn.Module):
 
         Returns logits (B, T, V), or a list of them, one per digit. With hidden_layer k, returns the
         pair (logits, state (B, T, C) after layer k); with a sequence, (logits, list of states). At
-        position i, both have seen the class and the indices before i.
+        position i, both have seen the class and the indices before i; the logits of a digit also
+        the lower digits of index i.
         Raises ValueError for a wrong shape or layer. Values are not checked: reading them would
         make the host wait for the device.
         """
@@ -444,7 +445,7 @@ def sample(model, labels, uniforms, cfg_scale=2.0, cfg_interval=-1, temperature=
     uniforms = uniforms.clamp(max=1 - 2**-24)  # rounding to fp32 may give 1
     rope, tables, outputs = model.rope(labels.device), model.tables, model.outputs
     caches = [KVCache(T) for _ in model.layers]
-    digits = labels.new_empty(B, T, G)
+    digits, finite = labels.new_empty(B, T, G), True
     copies = 1
     if cfg_scale != 1:  # one call for both: rows [with label; without label]
         copies = 2
@@ -459,6 +460,7 @@ def sample(model, labels, uniforms, cfg_scale=2.0, cfg_interval=-1, temperature=
             for block, cache in zip(model.factorized_blocks, head_caches):
                 x = block(x, rope[g : g + 1], cache)           # (B or 2B, 1, C)
             logits = outputs[g](model.norm(x[:, 0])).float()   # (B or 2B, V)
+            finite = logits.isfinite().all() & finite
             if copies == 2:
                 logits, null = logits.chunk(2)                 # (B, V) each
                 if cfg_interval < 0 or t <= cfg_interval + 1:
@@ -468,7 +470,7 @@ def sample(model, labels, uniforms, cfg_scale=2.0, cfg_interval=-1, temperature=
             x = tables[g](digit).repeat(copies, 1)[:, None]    # (B or 2B, 1, C)
             token = token + x
         x = token  # the model's next input: the sum over the digits
-    if not logits.isfinite().all():  # draw() turns nan into index 0 without an error
+    if not finite:  # draw() turns nan into index 0 without an error
         raise ValueError("the logits are not finite: these weights, or their dtype, cannot be "
                          "sampled from")
     return join_index(digits, model.vocab_sizes)

@@ -458,9 +458,9 @@ def hsic(K, L, unbiased=True):
 def cknna(a, b, topk=10, unbiased=True):
     """CKNNA: whether two sets of features of the same n things have the same neighbours. A float.
 
-    This is kernel alignment (CKA) with inner products, on the pairs (i, j) where j is among the
-    topk nearest of i in both sets: 1 for equal features, about 0 for unrelated ones. With
-    unbiased=False each thing is its own neighbour, so unrelated features score far above 0.
+    This is kernel alignment (CKA) with inner products, on the pairs (i, j) where in both sets j has
+    one of the topk largest inner products with i: 1 for equal features, about 0 for unrelated ones.
+    With unbiased=False a thing may be its own neighbour, so unrelated features score far above 0.
     cknna(b, a) differs slightly, as in the public code. nan is possible for very small topk.
 
     a (n,C), b (n,F) float, taken as they are, as in [2]; [4] clips and normalises them first.

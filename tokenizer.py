@@ -287,8 +287,8 @@ class Tokenizer(nn.Module):
     """Encoder, bottleneck, decoder.
 
     quantizer:      one of QUANTIZERS
-    levels:         code values per latent channel. d = len(levels) for every bottleneck; to vq,
-                    vae and ae the values themselves mean little or nothing
+    levels:         code values per latent channel; d = len(levels) for every bottleneck. Of the
+                    values themselves vq takes its default size, vae and ae nothing
     alpha, edges:   of ifsq and fsq: see fsq.py; alpha is 1.6 and 2.0 by default
     hidden, multipliers, num_res_blocks: width hidden*m and number of blocks at each resolution;
                     there are len(multipliers) - 1 halvings
@@ -351,7 +351,7 @@ class Tokenizer(nn.Module):
             raise ValueError(f"image height and width must be multiples of {self.downsample}, "
                              f"got {height} x {width}")
         h = self.encoder(x)                                                # (B, 2*z_channels, h, w)
-        # The last layer and all that follows run in fp32 under autocast too: see fsq.bound.
+        # quant_conv and the bottleneck run in fp32 under autocast too: see fsq.bound.
         with torch.autocast(x.device.type, enabled=False):
             return self.quant_conv(h.float())
 
@@ -534,13 +534,13 @@ def discriminator_loss(logits_real, logits_fake):
     return (real + fake) / 2
 
 
-def adaptive_weight(reconstruction_loss, generator_loss, last_weight, limit=1e6):
+def adaptive_weight(base_loss, generator_loss, last_weight, limit=1e6):
     """VQGAN eq. 7: the weight that gives both losses gradients of the same norm in `last_weight`.
 
     Returns a detached scalar in [0, limit]. Log it: a weight at its limit, or one that falls to 0,
     shows that adversarial training has gone wrong.
     """
-    pull, = torch.autograd.grad(reconstruction_loss, last_weight, retain_graph=True)
+    pull, = torch.autograd.grad(base_loss, last_weight, retain_graph=True)
     push, = torch.autograd.grad(generator_loss, last_weight, retain_graph=True)
     ratio = pull.float().norm() / (push.float().norm() + 1e-6)
     return ratio.clamp(0, limit).detach()

@@ -802,7 +802,7 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
         latents.update(pre_mean=means[1].tolist(), pre_std=std[1].tolist(), ks=gap.tolist())
     if usage and processes.world > 1:
         usage.all_reduce()
-    seconds = processes.largest(1e6 * seconds) / 1e6  # of the slowest process
+    seconds = processes.largest(seconds)
     return {**dict(zip(metrics, scores.mean(0).tolist())), "images": len(places),
             "images_per_s": len(places) / seconds,
             "codes": usage.report() if usage else None, "latents": latents}
@@ -1444,7 +1444,7 @@ def fit(training, args, processes, saved, first_stage=False):
             # Once in a while: log, validate, save.
             done, row = step + 1, {}
             bar.update()
-            stop = processes.largest(interrupts.signal)
+            stop = int(processes.largest(interrupts.signal))  # the signal's number, or 0
             saving = done % args.save_every == 0 or done == args.steps or stop
             validating = done % args.eval_every == 0 or (saving and not stop)
             if done % args.log_every == 0 or validating or saving:
@@ -1657,10 +1657,10 @@ class Processes(NamedTuple):
         return tensor.cpu()
 
     def largest(self, number):
-        """The largest of an integer that each process has."""
+        """The largest of the numbers that the processes have."""
         if self.world == 1:
             return number
-        number = torch.tensor(int(number))  # on the CPU: no GPU has to wait
+        number = torch.tensor(float(number), dtype=torch.float64)  # on the CPU: no GPU has to wait
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
@@ -1718,7 +1718,7 @@ class Processes(NamedTuple):
         if self.rank == 0:
             mark.unlink()
         if missing:
-            raise UsageError(f"rank {missing - 1} does not see {folder.resolve()}: put --out, "
+            raise UsageError(f"rank {int(missing) - 1} does not see {folder.resolve()}: put --out, "
                              "--cache-dir and --tokenizer on a disk that all machines share")
 
 
