@@ -48,7 +48,7 @@ SIZES = {  # name: (depth, width, heads); nano is ours, for a laptop, the others
 # ---- Embeddings: position, patch, time and class ----
 
 def grid_angles(height, width, count):
-    """Row and column of each token times `count` frequencies from 1 to about 1e-4: two (T, count)."""
+    """Row and column of each token times `count` frequencies, 1 to about 1e-4: two (T, count)."""
     freqs = 10000.0 ** (-torch.arange(count) / count)          # (count,)
     rows = torch.arange(height).repeat_interleave(width)       # (T,)
     cols = torch.arange(width).repeat(height)                  # (T,)

@@ -94,8 +94,8 @@ def bound_original(z, levels, alpha=2.0):
     """The bound of Mentzer et al. in units of the codes, for edges="original"; alpha=2.0 is theirs.
 
     y is stretched by 0.1%, and z is moved, so that z = 0 stays at code 0 for even L (exactly so
-    only with alpha=2.0). This is the form in which most projects copied it, the public iFSQ code among
-    them: with (1 + 0.001) and atanh, where Mentzer et al. have (1 - 0.001) and tan.
+    only with alpha=2.0). This is the form in which most projects copied it, the public iFSQ code
+    among them: with (1 + 0.001) and atanh, where Mentzer et al. have (1 - 0.001) and tan.
     """
     half_l = (levels - 1) * 1.001 / 2
     h, shift, _ = grid(levels, "original")
