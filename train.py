@@ -2680,13 +2680,18 @@ def check_args(args):
     if math.prod(args.image_size) > 2**26 or math.prod(args.levels) >= 2**63:
         raise UsageError("--image-size or the product of --levels is too large: "
                          f"{args.image_size} px, {len(args.levels)} channels")
-    if args.model == "tokenizer":
-        if args.disc_start >= 0:
-            with building("--disc-start"):
-                discriminator_layers(min(args.image_size))
-        if args.fsdp or args.repa_layer is not None:
-            raise UsageError("--fsdp and --repa-layer are for generators: leave them out")
+    if args.model != "tokenizer":
+        check_generator_args(args)
         return
+    if args.disc_start >= 0:
+        with building("--disc-start"):
+            discriminator_layers(min(args.image_size))
+    if args.fsdp or args.repa_layer is not None:
+        raise UsageError("--fsdp and --repa-layer are for generators: leave them out")
+
+
+def check_generator_args(args):
+    """The part of `check_args` that is for LlamaGen and DiT."""
     depth = SIZES[args.model][args.size][0]
     if args.repa_layer is not None and not 1 <= args.repa_layer <= depth:
         raise UsageError(f"--repa-layer {args.repa_layer}: --model {args.model} --size {args.size} "
@@ -2696,9 +2701,10 @@ def check_args(args):
     if args.fsdp and args.optimizer == "muon":
         raise UsageError("--optimizer muon needs whole matrices, which --fsdp divides: take "
                          "--optimizer adamw, or leave --fsdp out")
-    if args.model == "dit" and any(side // f % args.patch_size for side in args.image_size):
+    grid = [side // args.downsample for side in args.image_size]
+    if args.model == "dit" and any(side % args.patch_size for side in grid):
         raise UsageError(f"--patch-size {args.patch_size} does not divide the latent grid of "
-                         f"{' x '.join(str(side // f) for side in args.image_size)}")
+                         f"{grid[0]} x {grid[1]}")
     if args.model == "llamagen" and args.token_groups:
         with building("--token-groups"):
             llamagen.group_vocab([0] if args.quantizer == "vq" else args.levels, args.token_groups)
