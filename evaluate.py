@@ -256,22 +256,17 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
                                          "preprocessing": network.preprocessing})
     judge = find_judge(checkpoint, args, processes)
     samples = Pictures(name, len(labels), size, args, processes, keep=True)
-    right, seconds = torch.zeros(len(labels)), 0.0
+    right = torch.zeros(len(labels))
+
+    def watch(block, pictures):
+        samples.put(block, pictures)
+        if measure:
+            measure.update(pictures, block)
+        if judge:
+            right[block] = judge.right(pictures, labels[block], classes)
+
     with building(path):  # the samplers know the range of their settings
-        # Blocks of the global index go to the processes in turn: who draws one does not matter.
-        blocks = torch.arange(len(labels)).split(args.batch_size)
-        for block in tqdm(blocks[processes.rank::processes.world], desc=f"sampling {name}",
-                          disable=processes.quiet()):
-            begin = time.perf_counter()
-            pictures = sample_pictures(task, model, codec, labels[block], block.tolist(),
-                                       args.seed, settings, processes)
-            seconds += time.perf_counter() - begin
-            samples.put(block, pictures)
-            if measure:
-                measure.update(pictures, block)
-            if judge:
-                right[block] = judge.right(pictures, labels[block], classes)
-    seconds = processes.largest(seconds)
+        seconds = draw_samples(task, model, codec, labels, settings, args, processes, watch)
     processes.barrier()  # all pictures are there
     if processes.rank == 0:
         draw_classes(args.out / f"{name}.png", samples.array(), labels, classes)
@@ -294,6 +289,24 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
     return describe(path, checkpoint, args, processes, results, sampling=settings,
                     labels="chosen" if args.classes else args.labels, seed=args.seed,
                     image_size=size, validation=about_validation)
+
+
+def draw_samples(task, model, codec, labels, settings, args, processes, watch):
+    """Draw a sample for each of `labels` (N,). Returns the seconds of the slowest process.
+
+    watch: called with (places in the list (B,), pictures (B,3,H,W) uint8) for each batch
+    """
+    seconds = 0.0
+    # Blocks of the list go to the processes in turn: who draws one does not matter.
+    blocks = torch.arange(len(labels)).split(args.batch_size)
+    for block in tqdm(blocks[processes.rank::processes.world], desc="sampling",
+                      disable=processes.quiet()):
+        begin = time.perf_counter()
+        pictures = sample_pictures(task, model, codec, labels[block], block.tolist(), args.seed,
+                                   settings, processes)
+        seconds += time.perf_counter() - begin
+        watch(block, pictures)
+    return processes.largest(seconds)
 
 
 def build_generator(path, checkpoint, weights):
