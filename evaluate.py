@@ -167,7 +167,8 @@ def pca_floor(images, model, processes):
     of a few on the training images. A tokenizer below it has learned less than a matrix knows.
     """
     f, d = model.downsample, model.latent_dim
-    count = min(2000, max(128, 2**23 // math.prod(images.image_size)))  # large ones need memory
+    pixels = images[0][0][0].numel()
+    count = min(2000, max(128, 2**23 // pixels))  # large ones need memory
     batch = torch.stack([images[i][0] for i in spread(images, count).tolist()])
     patches = F.pixel_unshuffle(batch.double() / 255, f).movedim(1, -1).flatten(0, -2)  # (N,3ff)
     mean = patches.mean(0)
