@@ -214,23 +214,13 @@ def wait_for(path, process, lines):
     raise TimeoutError(path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_ends_all_processes(tmp_path, tokenizers, start, number):
-    """SIGTERM to torchrun saves; a process that dies takes the others with it."""
+def test_sigterm_saves_and_ends_all_processes(tmp_path, tokenizers, start):
     out = tmp_path / "a"
     process = start([*TORCHRUN, "--standalone", "--nproc_per_node=2"], [
         "train", *COMMON, "--tokenizer", str(tokenizers / "ifsq" / "ckpt.pt"), "--steps", "100000",
         "--save-every", "3", "--cache-dir", str(tmp_path / "cache"), "--out", str(out)])
     wait_for(out / "log.csv", process, 8)
-    if number == signal.SIGTERM:
-        process.send_signal(number)
-    else:
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-        os.kill(int(children.stdout.split()[0]), number)
+    process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=90)  # raises if they still wait for each other
-    assert process.returncode
-    step = load_checkpoint(out / "ckpt.pt")["step"]
-    if number == signal.SIGTERM:
-        assert "SIGTERM: saved" in "".join(printed) and len(rows(out)) == step >= 7
-    else:
-        assert step % 3 == 0
+    assert process.returncode and "SIGTERM: saved" in "".join(printed)
+    assert len(rows(out)) == load_checkpoint(out / "ckpt.pt")["step"] >= 7
