@@ -4,7 +4,7 @@
     images, images --Inception--> FID, sFID, KID, Inception Score, precision, recall
 
     python evaluate.py out/llamagen-shapes/ckpt.pt              # samples, their speed, the loss
-    python evaluate.py out/llamagen-shapes/ckpt.pt --classes star star heart --cfg-scale 1.5
+    python evaluate.py out/llamagen-shapes/ckpt.pt --classes star star heart --cfg-scale 3
     python evaluate.py out/llamagen-shapes/tokenizer/ckpt.pt    # reconstructions of a tokenizer
     python evaluate.py a/ckpt.pt b/ckpt.pt --data DIR           # several make one table
     python evaluate.py ckpt.pt --reference imagenet256.npz --num-samples 50000 --save-npz
@@ -167,8 +167,8 @@ def pca_floor(images, model, processes):
     of a few on the training images. A tokenizer below it has learned less than a matrix knows.
     """
     f, d = model.downsample, model.latent_dim
-    pixels = images[0][0][0].numel()
-    count = min(2000, max(128, 2**23 // pixels))  # large ones need memory
+    pixels = images[0][0][0].numel()              # H*W
+    count = min(2000, max(128, 2**23 // pixels))  # fewer of large ones, for the memory
     batch = torch.stack([images[i][0] for i in spread(images, count).tolist()])
     patches = F.pixel_unshuffle(batch.double() / 255, f).movedim(1, -1).flatten(0, -2)  # (N,3ff)
     mean = patches.mean(0)
@@ -560,6 +560,9 @@ def open_npz(path):
                 stored = {name: torch.from_numpy(archive[name]).float() if name == "features"
                           else torch.from_numpy(archive[name]).double()
                           for name in STATISTICS if name in names}
+                for pair in NEEDED["fid"], NEEDED["sfid"]:  # a mean alone is of no use
+                    if not stored.keys() >= set(pair):
+                        stored = {name: stored[name] for name in stored if name not in pair}
                 about = json.loads(str(archive["about"])) if "about" in names else {}
                 array = archive["arr_0"] if "arr_0" in names else None
         except (OSError, MemoryError) as error:
@@ -1118,8 +1121,8 @@ class Pictures:
         self.path = args.out / f".{name}-{processes.agree(uuid.uuid4().hex)}.npy"
         self.needed = keep or args.save_npz or args.save_images
         if self.needed and processes.rank == 0:
-            # The file goes when this object does, also if the evaluation fails.
-            weakref.finalize(self, self.path.unlink, missing_ok=True)
+            # Called by `finish`, or when the evaluation fails and this object goes.
+            self.remove_file = weakref.finalize(self, self.path.unlink, missing_ok=True)
             np.lib.format.open_memmap(self.path, "w+", np.uint8, self.shape).flush()
         processes.barrier()
 
@@ -1150,7 +1153,7 @@ class Pictures:
             for old in self.folder.glob("[0-9]" * 6 + ".png"):
                 if int(old.stem) >= self.shape[0]:
                     old.unlink()
-        self.path.unlink()
+        self.remove_file()
 
     def write_npz(self, path, labels):
         """ADM's sample file, from the pictures on disk: they may not fit into memory."""

@@ -830,9 +830,9 @@ def draw_reconstructions(path, model, images, processes, columns=8):
 class Codec(NamedTuple):
     """The frozen tokenizer of stage two: from cached tokens to latents, and back to pictures."""
     tokenizer: Tokenizer
-    grid: tuple                 # (h, w)
-    mean: torch.Tensor = 0.0    # (1,d,1,1), of z over validation images
-    std: torch.Tensor = 1.0     # (1,d,1,1)
+    grid: tuple                         # (h, w)
+    mean: torch.Tensor | float = 0.0    # (1,d,1,1), of z over validation images; 0 and 1 leave
+    std: torch.Tensor | float = 1.0     # (1,d,1,1)  z as it is
 
     def normalised(self, latents):
         """The same with the statistics {"mean": d numbers, "std": d numbers} of a checkpoint."""

@@ -149,6 +149,11 @@ def test_losses_match_the_public_transport(golden):
     golden.close(plain["loss"], expected["loss"].mean())
 
 
+@pytest.mark.parametrize("shift", [0, 0.1, 0.2, 0.3, 1, 3])
+def test_times_end_at_exactly_1(shift):
+    assert time_grid(10, shift)[0] == 0 and time_grid(10, shift)[-1] == 1
+
+
 @pytest.mark.parametrize("suffix, shift", [("", 1.0), ("_shift", 0.3)])
 def test_euler_trajectory_matches_the_public_sampler(golden, suffix, shift):
     case = golden("transport_ode_stub")

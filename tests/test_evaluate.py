@@ -229,6 +229,8 @@ def test_sets_of_the_same_name_and_a_saved_reference(tmp_path, capsys, small_inc
     x, y, z = (tmp_path / name / "images" for name in ("x1", "y1", "y2"))
     out, saved = tmp_path / "out", tmp_path / "saved.npz"
     first = evaluated(out, x, y, *RANDOM, "--save-reference", saved)
+    with pytest.raises(SystemExit):  # it would replace its own source
+        evaluate.main([str(saved), str(y), "--save-reference", str(saved)])
     assert len(evaluated(out, x, z, *RANDOM)) == 2
     [first] = first.values()
     assert "random-fid@5" in first["results"]["distances"]
@@ -358,3 +360,9 @@ def test_mistakes_end_in_one_line(checkpoints, tmp_path, capsys, argv, words):
                              tmp=tmp_path) for word in argv]
     line = refused(capsys, evaluate.main, [*argv, "--device", "cpu", "--out", tmp_path / "out"])
     assert words in line
+
+
+def test_a_mean_without_its_covariance_is_left_out(tmp_path):
+    np.savez(tmp_path / "half.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), mu=np.zeros(2048))
+    stored, images = evaluate.open_npz(tmp_path / "half.npz")
+    assert not stored and len(images) == 2

@@ -267,6 +267,7 @@ def test_exactly_n_different_samples_in_any_batches(generators, tmp_path, model,
     network = train.MODELS[model](**state["network"])
     assert results["samples"] == 11 and results["train_flops"] == 8 * network.flops_per_image()
     assert results[train.TASKS[model].val_column] > 0
+    assert report["validation"]["split"] == "val" and report["validation"]["images"] > 0
 
 
 def test_pictures_and_files(generators, tmp_path):

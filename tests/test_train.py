@@ -466,8 +466,7 @@ def test_checkpoints_of_the_first_format(first_format, tmp_path, capsys, kind):
     assert after["network"] == state["network"]
 
 
-def test_an_interrupted_first_stage_is_continued_by_the_same_command(tmp_path, small, capsys,
-                                                                     monkeypatch):
+def test_an_interrupted_first_stage_is_continued_by_the_same_command(tmp_path, capsys, monkeypatch):
     argv = ["--out", tmp_path / "out", "--cache-dir", tmp_path / "cache", "--device", "cpu",
             "--image-size", "16", "--steps", "1", "--tokenizer-steps", "2", "--batch-size", "4"]
     argv = list(map(str, argv))
@@ -487,7 +486,7 @@ def test_an_interrupted_first_stage_is_continued_by_the_same_command(tmp_path, s
     assert (tmp_path / "out" / "ckpt.pt").exists()
 
 
-def test_a_switch_can_be_turned_off_again(tmp_path, small):
+def test_a_switch_can_be_turned_off_again(tmp_path):
     main([*TINY, "--out", str(tmp_path), "--steps", "1", "--skip-bad-images"])
     resume = ["--resume", str(tmp_path / "ckpt.pt"), "--steps", "2"]
     assert train.parse_args(resume).skip_bad_images
