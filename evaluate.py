@@ -43,6 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.linalg
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -1164,8 +1165,12 @@ class Pictures:
 
 
 def draw_classes(path, samples, labels, classes, columns=10, limit=12):
-    """PNG: a row of samples for each of at most `limit` classes, with its name on the left."""
-    h, w = samples.shape[1:3]
+    """PNG: a row of samples for each of at most `limit` classes, with its name on the left.
+
+    Samples below 64 px are enlarged by a whole number, up to 3 times.
+    """
+    zoom = min(3, max(1, 96 // max(samples.shape[1:3])))
+    h, w = (zoom * side for side in samples.shape[1:3])
     present = sorted(set(labels.tolist()))
     shown = present[::max(1, -(-len(present) // limit))]
     font, gap = ImageFont.load_default(size=max(9, min(16, h // 2))), 2
@@ -1176,7 +1181,8 @@ def draw_classes(path, samples, labels, classes, columns=10, limit=12):
         ImageDraw.Draw(sheet).text((gap, top + h // 2), classes[label], fill="black", font=font,
                                    anchor="lm")
         for column, i in enumerate((labels == label).nonzero()[:columns, 0].tolist()):
-            sheet.paste(Image.fromarray(np.asarray(samples[i])),
+            picture = Image.fromarray(np.asarray(samples[i]))
+            sheet.paste(picture.resize((w, h), Image.Resampling.NEAREST),
                         (margin + column * (w + gap), top))
     sheet.save(path)
 
@@ -1192,8 +1198,9 @@ def ticks(low, high, count=4):
 def draw_curves(path, panels, xlabel, size=(340, 230)):
     """PNG of plots, at most three in a row. panels: {title: {curve's name: (x, y)}}.
 
-    A curve's name has one colour in all panels. Without xlabel, x is only a place. A y may be a
-    list: each value is a dot, and the line goes through their mean.
+    A curve's name has one colour in all panels. A y may be a list: each value is a dot, the line
+    goes through their mean, and a bar is the mean's 95% interval. Without xlabel, the x are names,
+    which stand below their dots, and there is no line. Several curves have a legend.
     """
     palette = itertools.cycle(["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf",
                                "#7f7f7f"])
@@ -1203,30 +1210,47 @@ def draw_curves(path, panels, xlabel, size=(340, 230)):
             colours.setdefault(name, next(palette))
     zoom, (w, h), font = 2, size, ImageFont.load_default(size=20)  # twice the size: smooth lines
     rows = -(-len(panels) // 3)
-    height = rows * h + 16 * len(colours) + 8
+    legend = list(colours.items()) if len(colours) > 1 else []
+    height = rows * h + 16 * len(legend) + 8
     sheet = Image.new("RGB", (zoom * w * min(3, len(panels)), zoom * height), "white")
     pen = ImageDraw.Draw(sheet)
     for place, (title, curves) in enumerate(panels.items()):
         box = (place % 3 * w + 52, place // 3 * h + 26, place % 3 * w + w - 14,
                place // 3 * h + h - 36)
         draw_panel(pen, [zoom * v for v in box], title, curves, colours, xlabel, font)
-    for row, (name, colour) in enumerate(colours.items()):
+    for row, (name, colour) in enumerate(legend):
         y = zoom * (rows * h + 16 * row + 8)
         pen.line((zoom * 20, y, zoom * 44, y), fill=colour, width=6)
         pen.text((zoom * 50, y), name, fill="black", font=font, anchor="lm")
     sheet.resize((sheet.width // zoom, sheet.height // zoom), Image.Resampling.LANCZOS).save(path)
 
 
+def interval(values, level=0.95):
+    """(low, high): the interval of the mean of three measurements or more, by Student's t; of
+    fewer, their mean twice."""
+    middle = float(np.mean(values))
+    if len(values) < 3:
+        return middle, middle
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    width = float(scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * error)
+    return middle - width, middle + width
+
+
 def draw_panel(pen, box, title, curves, colours, xlabel, font):
     """One plot of `draw_curves` in the box (left, top, right, bottom)."""
     left, top, right, bottom = box
-    curves = {name: (list(x), [np.atleast_1d(values) for values in y])
+    order = list(dict.fromkeys(x for x_values, _ in curves.values() for x in x_values))
+    curves = {name: (list(x) if xlabel else [order.index(label) for label in x],
+                     [np.atleast_1d(values) for values in y])
               for name, (x, y) in curves.items()}
     xs = [x for x_values, _ in curves.values() for x in x_values]
-    ys = [y for _, y_values in curves.values() for values in y_values for y in values.tolist()]
+    ys = [y for _, y_values in curves.values() for values in y_values
+          for y in [*values.tolist(), *interval(values)]]
     x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
     room = 0.06 * (max(ys) - min(ys)) or 0.1 * abs(max(ys)) or 1.0  # no dot lies on the frame
     y0, y1 = min(ys) - room, max(ys) + room
+    if 0 < min(ys) < max(ys) / 2:  # the ratio of such values means something
+        y0 = 0.0
 
     def at(x, y):
         return (left + (0.03 + 0.94 * (x - x0) / (x1 - x0)) * (right - left),
@@ -1241,10 +1265,17 @@ def draw_panel(pen, box, title, curves, colours, xlabel, font):
         pen.text((left - 8, at(x0, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
     for x in ticks(x0, x1) if xlabel else []:
         pen.text((at(x, y0)[0], bottom + 8), f"{x:.4g}", fill="black", font=font, anchor="mt")
+    for x, label in enumerate(order) if not xlabel else []:
+        text = label.replace(" ", "\n")
+        pen.text((at(x, y0)[0], bottom + 8), text, fill="black", font=font, anchor="ma",
+                 align="center")
     for name, (x_values, y_values) in curves.items():
         line = [at(x, values.mean()) for x, values in zip(x_values, y_values)]
-        pen.line(line, fill=colours[name], width=4, joint="curve")
+        if xlabel:
+            pen.line(line, fill=colours[name], width=4, joint="curve")
         for x, values in zip(x_values, y_values):
+            low, high = interval(values)
+            pen.line([at(x, low), at(x, high)], fill=colours[name], width=2)
             for px, py in (at(x, y) for y in values):
                 pen.ellipse((px - 5, py - 5, px + 5, py + 5), fill=colours[name])
 

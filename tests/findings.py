@@ -1,24 +1,27 @@
 """The paper's findings at laptop scale: train what a question needs, measure it, draw the answer.
 
     python tests/findings.py bottlenecks        # one question; without a name all of them (hours)
-    python tests/findings.py --draw             # pictures and tables of the reports that are there
+    python tests/findings.py --draw             # pictures, tables and claims from the reports
     python tests/findings.py alpha --data shapes               # without a download
 
-Questions: repa models alpha edges bottlenecks bits repa-layer repa-weight. All at 16 px, 4x down:
-16 tokens an image, models of size nano. The reports in assets/findings were trained with AdamW, at
-a small budget, by the presets of that time: see TRAINING.
+Questions: bottlenecks bits alpha edges optimizer models repa repa-layer repa-weight. All at 16 px,
+4x down: 16 tokens an image, models of size nano, three seeds. What has its report in
+assets/findings is not run again, an interrupted run goes on from its last checkpoint, and several
+of these commands may work at the same time. Every step is a command of train.py or evaluate.py,
+and its flags are in the report. Reports lie in a folder named after the data's content.
 
-What has its report in assets/findings is not run again, an interrupted run goes on from its last
-checkpoint, and several of these commands may work on one folder at the same time. Every step is a
-command of train.py or evaluate.py; its flags are in the report. Distances are between samples and
-as many validation images, in random Inception features. With --second-opinion SCRIPT (called as
-SCRIPT REFERENCE.npz SAMPLES.npz, printing JSON) they are also in those of another network, and to
-the reconstructions of these images, the best that a generator on this tokenizer could draw.
+A claim (see CLAIMS) is a difference between two kinds of runs, paired by seed, with its 95%
+interval by Student's t. It is decided if the interval leaves out 0, and if every tokenizer under
+it is at least 1.5 dB above the PCA floor. The page's list of claims is written from the reports.
+
+Distances in the features of a pretrained network come from tests/semantic.py, which says what to
+install; without that they are left out.
 """
 import argparse
 import contextlib
 import csv
 import fcntl
+import hashlib
 import json
 import math
 import subprocess
@@ -33,47 +36,39 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import fsq  # noqa: E402
+import semantic  # noqa: E402
+import tokenizer as tokenizers  # noqa: E402
 import train  # noqa: E402
 
-PAGE = ROOT / "assets" / "findings.md"
-SIZE = 16            # of the images, pixels
-SAMPLES = 300
-STEPS = {"tokenizer": (1000,), "llamagen": (300, 600), "dit": (300, 600)}
-BASE = 4000          # steps of the tokenizers that generators stand on, which blur less than those
+PAGE, README = ROOT / "assets" / "findings.md", ROOT / "README.md"
+SIZE = 16        # of the images, pixels
+SEEDS = (0, 1, 2)
+SAMPLES = 500    # of a generator, every class equally often
+MARGIN = 1.5     # dB above the PCA floor that a tokenizer must have to be compared
+BASE = 3000      # steps of the tokenizers that generators stand on
+STEPS = {"tokenizer": (1000,), "llamagen": (200, 400, 800), "dit": (200, 400, 800)}
 
-# With these flags the reports in assets/findings were made: nano's presets of that time. What no
-# flag can ask for is that its generators were 128 wide and its classifier learned with AdamW.
-# The generators have no cool-down, so that a run can go on to the next step it is measured at.
-GENERATOR = dict(size="nano", optimizer="adamw", batch_size=64, lr=1e-3, warmup=100, cooldown=0.0,
-                 grad_clip=1.0, ema_decay=0.99, repa_width=512, eval_every=100)
-TRAINING = {
-    "tokenizer": dict(
-        size="nano", optimizer="adamw", batch_size=16, lr=2e-3, weight_decay=0.0, warmup=50,
-        cooldown=0.3, grad_clip=1.0, ema_decay=0.995, image_size=[SIZE], downsample=4, hidden=32,
-        multipliers=[1, 2, 2, 4, 4, 4], num_res_blocks=1, num_groups=8, perceptual_weight=0.0,
-        disc_start=-1),
-    "llamagen": dict(GENERATOR, weight_decay=0.05, dropout=0.0, token_groups=0, repa_weight=2),
-    "dit": dict(GENERATOR, weight_decay=0.0, repa_weight=0.5),
-}
+# The flags that differ from nano's presets. The generators have no cool-down, so that a run can go
+# on to the next step it is measured at, and equal batches, so that equal steps are equal data.
+GENERATOR = ["--batch-size", 64, "--cooldown", 0, "--ema-decay", 0.99, "--eval-every", 100]
+TRAINING = {"tokenizer": ["--image-size", SIZE, "--downsample", 4], "llamagen": GENERATOR,
+            "dit": GENERATOR}
 MEASURING = {  # the flags of evaluate.py
-    "tokenizer": ["--metrics", "psnr", "ssim", "codes"],
-    "rfid": ["--metrics", "psnr", "ssim", "codes", "fid", "--num-samples", SAMPLES],
-    "loss": ["--metrics", "codes", "--num-samples", 10],  # of a generator: no distance
-    "llamagen": ["--metrics", "fid", "kid", "--cfg-scale", 1],
-    "dit": ["--metrics", "fid", "kid", "--cfg-scale", 1, "--sample-steps", 25],
+    "tokenizer": ["--metrics", "psnr", "ssim", "codes", "--save-npz"],
+    "llamagen": ["--metrics", "none", "--num-samples", SAMPLES, "--save-npz"],
+    "dit": ["--metrics", "none", "--num-samples", SAMPLES, "--save-npz", "--sample-steps", 25],
 }
 # Flags that say where, not what: no report needs them.
 LOCAL = ("out", "resume", "cache_dir", "pretrained", "tokenizer", "repa_teacher", "num_workers",
-         "device", "init_from", "help")
+         "device", "init_from", "help", "data")
 
 
 class Run(NamedTuple):
     """One training: the flags that set it apart, and at which steps it is measured."""
     model: str
-    flags: tuple = ()      # ("--alpha", 1.4, ...)
+    flags: tuple = ()      # ("--alpha", 1.4, ...), of train.py but for FIXED_SCALE
     seed: int = 0
     steps: tuple = None    # of STEPS by default
-    measured: str = None   # the name of its flags in MEASURING, by default its model
 
     def name(self, step=None):
         """Of its folder, or of its report at `step`."""
@@ -81,10 +76,8 @@ class Run(NamedTuple):
                  for flag in self.flags]
         name = self.model + "".join(words)
         if self.model == "tokenizer" and self.steps:  # another schedule, another run
-            name += f"-steps={BASE}"
+            name += f"-steps={self.steps[0]}"
         name += f"-seed={self.seed}"
-        if step and self.measured == "rfid":
-            name += "-rfid"
         return f"{name}-step={step}" if step else name
 
     def all_steps(self):
@@ -96,100 +89,113 @@ class Run(NamedTuple):
         return Run("tokenizer", flags, steps=(BASE,))
 
 
-# ---- The questions: {question: {curve: {x: [its runs, one for each seed]}}} ---------------------
+FIXED_SCALE = "--fixed-scale"
 
-def repeated(model, variants, seeds=(0, 1), steps=None, measured=None):
-    """{x: flags} -> {x: [Run, ...]}."""
-    return {x: [Run(model, tuple(flags), seed, steps, measured) for seed in seeds]
-            for x, flags in variants.items()}
+
+def with_fixed_scale():
+    """From here on, standardise what comes into a tokenizer's quantizer, channel by channel.
+
+    An encoder chooses the scale of its latents, and so the slope at which they meet the quantizer.
+    This takes the choice away: mean 0 and standard deviation 1 over a batch in training, and by
+    the running statistics of the bottleneck in evaluation, as a batch norm without parameters.
+    """
+    plain, track = tokenizers.Tokenizer.pre, tokenizers.Bottleneck.track
+
+    def pre(self, x):
+        pre = plain(self, x)                                                           # (B,d,h,w)
+        track(self.quantize, pre)
+        var, mean = self.quantize.running_var, self.quantize.running_mean
+        if self.training:
+            var, mean = torch.var_mean(pre, (0, 2, 3), correction=0, keepdim=True)
+        return (pre - mean) / (var + 1e-6).sqrt()
+
+    tokenizers.Tokenizer.pre = pre
+    tokenizers.Bottleneck.track = lambda self, pre: None
+
+
+# ---- The questions: {question: {curve: {x: run}}}, each run for three seeds ---------------------
+
+def runs(model, variants, **settings):
+    """{x: flags} -> {x: Run}."""
+    return {x: Run(model, tuple(flags), **settings) for x, flags in variants.items()}
 
 
 def levels(counts, *more, channels=4):
     """{bits a channel: flags} for numbers of levels; four of 17 are train.py's default."""
     variants = {}
     for n in counts:
-        flags = [] if n == 17 else ["--levels", *[n] * channels]
+        flags = [] if n == 17 and channels == 4 else ["--levels", *[n] * channels]
         variants[round(math.log2(n), 2)] = [*flags, *more]
     return variants
 
 
-def slopes(*alphas):
+def slopes(*alphas, more=()):
     """{alpha: flags}; 1.6 is train.py's default."""
-    return {alpha: [] if alpha == 1.6 else ["--alpha", alpha] for alpha in alphas}
+    return {alpha: [*([] if alpha == 1.6 else ["--alpha", alpha]), *more] for alpha in alphas}
 
 
 def aligned(layer=4, weight=None):
     """Flags of an aligned generator."""
-    return ["--repa-layer", layer, *(["--repa-weight", weight] if weight else [])]
+    return ("--repa-layer", layer, *(("--repa-weight", weight) if weight else ()))
 
 
-def early(model, usual, variants):
-    """Early in training: without, with the usual layer and weight (x: usual), and the variants.
-
-    Those are measured by their loss alone, which takes a third of the time.
-    """
-    first = STEPS[model][:1]
-    return {**repeated(model, {0: (), usual: aligned()}, steps=first),
-            **repeated(model, variants, steps=first, measured="loss")}
+def generator(model, flags):
+    """The Run of a generator: what is aligned in an unusual way is followed for fewer steps."""
+    usual = {(): None, aligned(): (200, 400)}
+    return Run(model, tuple(flags), steps=usual.get(tuple(flags), (EARLY,)))
 
 
-def some_layers(model):
-    return early(model, 4, {k: aligned(k) for k in (2, 6, 8, 10, 12)})
+def with_weight(model, weight):
+    """Flags of a generator aligned at layer 4; train.py's weight has no flag."""
+    if weight == {"llamagen": 2, "dit": 0.5}[model]:
+        return aligned()
+    return aligned(4, weight) if weight else ()
 
 
-def some_weights(model):
-    usual = TRAINING[model]["repa_weight"]
-    others = [weight for weight in (0.25, 0.5, 1, 2, 4) if weight != usual]
-    return early(model, usual, {weight: aligned(4, weight) for weight in others})
-
-
-def some_bits(model):
-    """Of generators: one seed, the last step; 17 levels as in the other questions."""
-    return {**repeated(model, levels(LEVELS), (0,), STEPS[model][-1:]),
-            **repeated(model, levels((17,)), (0,))}
-
-
-LEVELS = (2, 3, 5, 9, 17, 33, 65)
+EARLY = 200      # the step at which layers and weights of alignment are compared
+LEVELS = (3, 5, 9, 17, 65)
 MODELS = {"llamagen": "LlamaGen", "dit": "DiT"}
+LAYERS, WEIGHTS = (0, 2, 4, 8), (0, 0.5, 2)  # 0: not aligned
+EQUAL = ("--edges", "full")
+EIGHT = ("--levels", *[5] * 8)
 BOTTLENECKS = {
-    "ae": ["--quantizer", "ae"],
-    "vae": ["--quantizer", "vae"],
-    "vq": ["--quantizer", "vq"],
-    "fsq": ["--quantizer", "fsq"],
-    "fsq, equal bins": ["--quantizer", "fsq", "--edges", "full"],
-    "ifsq": [],
-    "ifsq, equal bins": ["--edges", "full"],
+    "ae": ("--quantizer", "ae"),
+    "vae": ("--quantizer", "vae"),
+    "vq": ("--quantizer", "vq"),
+    "fsq": ("--alpha", 2.0),  # which is what --quantizer fsq means
+    "ifsq": (),
+    "ifsq, equal bins": EQUAL,
 }
 QUESTIONS = {
-    "repa": {f"{name}{more}": repeated(model, {0: flags}) for model, name in MODELS.items()
-             for more, flags in (("", []), (", aligned", aligned()))},
-    "models": {name: repeated(model, {0: []}, steps=(300, 600, 1200))
-               for model, name in MODELS.items()},
+    "bottlenecks": {"tokenizer": runs("tokenizer", BOTTLENECKS)},
+    "bits": {
+        "4 channels": runs("tokenizer", levels(LEVELS)),
+        "8 channels": runs("tokenizer", levels((5,), channels=8)),
+    },
     "alpha": {
-        "tokenizer": repeated("tokenizer",
-                              slopes(1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, "erf")),
-        "tokenizer, 4 times as long": repeated("tokenizer", slopes(1.0, 1.6, 2.0), (0,), (BASE,)),
+        "scale chosen by the encoder":
+            runs("tokenizer", slopes(1.0, 1.6, 2.0, 2.4)),
+        "scale fixed to 1":
+            runs("tokenizer", slopes(1.0, 1.6, 2.0, more=[FIXED_SCALE])),
     },
     "edges": {
-        "half bins at the ends": repeated("tokenizer", levels((3, 5, 9, 17))),
-        "equal bins": repeated("tokenizer", levels((3, 5, 9, 17), "--edges", "full")),
+        "half bins at the ends": runs("tokenizer", levels((5, 17))),
+        "equal bins": runs("tokenizer", levels((5, 17), *EQUAL)),
     },
-    "bottlenecks": {name: repeated("tokenizer", {0: flags}, measured="rfid")
-                    for name, flags in BOTTLENECKS.items()},
-    "bits": {
-        "tokenizer": repeated("tokenizer", levels(LEVELS)),
-        "8 channels": repeated("tokenizer", levels((5,), channels=8)),
-        "tokenizer, 4 times as long": repeated("tokenizer", levels(LEVELS), (0,), (BASE,)),
-        **{name: some_bits(model) for model, name in MODELS.items()},
-    },
-    "repa-layer": {name: some_layers(model) for model, name in MODELS.items()},
-    "repa-weight": {name: some_weights(model) for model, name in MODELS.items()},
+    "models": {name: {0: generator(model, ())} for model, name in MODELS.items()},
+    "repa": {f"{name}{more}": {0: generator(model, flags)} for model, name in MODELS.items()
+             for more, flags in (("", ()), (", aligned", aligned()))},
+    "repa-layer": {name: {k: generator(model, aligned(k) if k else ()) for k in LAYERS}
+                   for model, name in MODELS.items()},
+    "repa-weight": {name: {w: generator(model, with_weight(model, w)) for w in WEIGHTS}
+                    for model, name in MODELS.items()},
 }
 
 
 def runs_of(question):
-    return [run for curve in QUESTIONS[question].values() for runs in curve.values()
-            for run in runs]
+    """The runs of a question, seed by seed: an interrupted call has whole answers of few seeds."""
+    return [run._replace(seed=seed) for seed in SEEDS
+            for curve in QUESTIONS[question].values() for run in curve.values()]
 
 
 # ---- What is read off a report ------------------------------------------------------------------
@@ -221,19 +227,19 @@ def entropy_share_of_channels(report):
     return mean([channel["entropy_bits"] / math.log2(level) for channel, level in pairs])
 
 
-def std(report):
-    """Of what comes into the quantizer. The committed reports call that `std`."""
-    latents = report["results"]["latents"]
-    return mean(latents.get("pre_std", latents["std"]))
-
-
-def std_times_alpha(report):
-    alpha = report["training"]["alpha"] or 1.6
-    return std(report) * (ERF if alpha == "erf" else alpha)
+def spread_of_latents(report):
+    """The standard deviation of what comes into the quantizer, mean over the channels."""
+    return mean(report["results"]["latents"]["pre_std"])
 
 
 def ks(report):
     return mean(report["results"]["latents"]["ks"])
+
+
+def above_floor(report):
+    """dB of a tokenizer, or of that under a generator, above the PCA with as many values."""
+    results = report["results"].get("tokenizer") or report["results"]
+    return results["psnr"] - results["floor"]
 
 
 def steps_done(report):
@@ -241,48 +247,131 @@ def steps_done(report):
 
 
 def teraflops(report):
-    return round(report["results"]["train_flops"] / 1e12, 1)
+    return round(report["results"]["train_flops"] / 1e12, 2)
 
 
 BITS, ERROR = "LlamaGen: bits a token", "DiT: squared error"
-COLUMNS = {BITS: ("llamagen", "val_bits_per_token"), ERROR: ("dit", "val_loss")}  # of a log
-GAINS = [f"{BITS} less", f"{ERROR} less"]  # than the run of the same seed without these flags
-FID = f"random-FID@{SAMPLES}"
-RFID = f"random-rFID@{SAMPLES}"
-DISTANCES = [FID, "semantic FD", "semantic KD to reconstructions"]
-METRICS = {  # title: (a function of a report, digits in a table)
+COLUMNS = {"llamagen": "val_bits_per_token", "dit": "val_loss"}
+METRICS = {  # title: (a function of a report, digits)
     "PSNR, dB": (result("psnr"), 2),
+    "dB above the PCA": (above_floor, 2),
     "SSIM": (result("ssim"), 4),
+    "rFD, pretrained features": (result("semantic", "images", "fd"), 2),
     "bits a pixel": (result("bits_per_pixel"), 2),
     "entropy / log2 of the codes": (entropy_share, 4),
     "entropy of a channel / log2 L": (entropy_share_of_channels, 4),
-    "std of the latents": (std, 3),
-    "std times alpha": (std_times_alpha, 3),
+    "std of the latents": (spread_of_latents, 3),
     "KS distance to uniform": (ks, 4),
-    RFID: (result("distances", f"random-fid@{SAMPLES}"), 4),
-    FID: (result("distances", f"random-fid@{SAMPLES}"), 4),
-    "semantic FD": (result("second_opinion", "images", "fd"), 1),
-    # The kernel distance: the Frechet distance of 300 such pictures to 300 others is 19 by their
-    # number alone.
-    "semantic KD to reconstructions": (result("second_opinion", "reconstructions", "kd"), 2),
     BITS: (result("val_bits_per_token"), 3),
     ERROR: (result("val_loss"), 4),
-    GAINS[0]: (result("val_bits_per_token"), 3),
-    GAINS[1]: (result("val_loss"), 4),
+    "class share": (result("class_share", "samples"), 3),
+    "FD to images": (result("semantic", "images", "fd"), 1),
+    "KD to images": (result("semantic", "images", "kd"), 1),
+    "KD to reconstructions": (result("semantic", "reconstructions", "kd"), 1),
 }
+DRAWN = ["class share", "FD to images", "KD to images", "KD to reconstructions"]
 PICTURES = {  # question: (label of the x axis, metrics)
-    "repa": ("step", [BITS, ERROR, *DISTANCES]),
-    "models": ("training, TFLOP", DISTANCES),
-    "alpha": ("alpha", ["PSNR, dB", "entropy / log2 of the codes", "KS distance to uniform",
-                        "std of the latents", "std times alpha"]),
-    "edges": ("log2 L", ["PSNR, dB", "entropy of a channel / log2 L", "std of the latents"]),
-    "bottlenecks": ("", ["PSNR, dB", "SSIM", RFID, "entropy / log2 of the codes",
-                         "bits a pixel"]),
-    "bits": ("log2 L", ["PSNR, dB", "entropy / log2 of the codes", *DISTANCES]),
-    "repa-layer": ("aligned layer (0: none)", GAINS),
-    "repa-weight": ("weight (0: none)", GAINS),
+    "bottlenecks": ("", ["PSNR, dB", "dB above the PCA", "SSIM", "rFD, pretrained features",
+                         "entropy / log2 of the codes", "bits a pixel"]),
+    "bits": ("log2 L", ["PSNR, dB", "dB above the PCA", "SSIM", "rFD, pretrained features",
+                        "entropy / log2 of the codes"]),
+    "alpha": ("alpha", ["PSNR, dB", "dB above the PCA", "SSIM", "entropy of a channel / log2 L",
+                        "KS distance to uniform", "std of the latents"]),
+    "edges": ("log2 L", ["PSNR, dB", "dB above the PCA", "SSIM", "entropy of a channel / log2 L",
+                         "std of the latents"]),
+    "models": ("training, TFLOP", DRAWN),
+    "repa": ("step", [BITS, ERROR, *DRAWN]),
+    "repa-layer": ("aligned layer (0: none)", [BITS, ERROR, *DRAWN]),
+    "repa-weight": ("weight (0: none)", [BITS, ERROR, *DRAWN]),
 }
 ALONG = {"repa": steps_done, "models": teraflops}  # where x is read off each report
+
+
+# ---- Claims -------------------------------------------------------------------------------------
+
+class Claim(NamedTuple):
+    """A sentence that says how a metric of runs `a` compares with that of runs `b`."""
+    question: str
+    verdict: str      # what the sentence says of a against b: see VERDICTS
+    metric: str
+    a: Run
+    b: Run
+    sentence: str
+    step: int = None        # at which generators are compared
+    within: float = 0.0     # the most that a "close" claim allows
+    headline: bool = False  # whether the README has it too
+
+
+VERDICTS = ("higher", "lower",  # the interval lies on one side of 0
+            "close",            # it lies in [-within, within]
+            "undecided")        # neither, or a tokenizer is too near to the floor
+
+
+def tokenizer(*flags):
+    return Run("tokenizer", flags)
+
+
+class Compared(NamedTuple):
+    """What the reports of a data set say of a claim."""
+    verdict: str
+    difference: float  # a - b, mean over the seeds
+    low: float         # the ends of its 95% interval
+    high: float
+    margin: float      # dB of the weakest tokenizer above the PCA floor
+
+
+def compare(shop, claim):
+    """The claim by the reports of one data set, or None if these are of fewer than three seeds."""
+    step = claim.step or claim.a.all_steps()[-1]
+    pairs = [[shop.report(run._replace(seed=seed), step) for run in (claim.a, claim.b)]
+             for seed in SEEDS]
+    pairs = [pair for pair in pairs if all(pair)]
+    if len(pairs) < 3:
+        return None
+    read = METRICS[claim.metric][0]
+    differences = [read(a) - read(b) for a, b in pairs]
+    low, high = evaluate.interval(differences)
+    margin = min(above_floor(report) for pair in pairs for report in pair)
+    verdict = "undecided"
+    if margin >= MARGIN and claim.within:
+        verdict = "close" if -claim.within <= low and high <= claim.within else verdict
+    elif margin >= MARGIN and low * high > 0:
+        verdict = "higher" if low > 0 else "lower"
+    return Compared(verdict, mean(differences), low, high, margin)
+
+
+def comparisons(claim):
+    """What every data set that has the reports says of a claim."""
+    return list(filter(None, (compare(shop, claim) for shop in all_reports())))
+
+
+def lines_of_claims(question=None):
+    """Lines of Markdown: the claims of a question, or the short form of all of them."""
+    lines = []
+    for claim in CLAIMS:
+        if claim.question == question or question is None and claim.headline:
+            digits = METRICS[claim.metric][1]
+            numbers = [f"{c.difference:+.{digits}f} ({c.low:+.{digits}f} to {c.high:+.{digits}f})"
+                       for c in comparisons(claim)]
+            lines.append(f"- {claim.sentence} *{claim.metric}: {', '.join(numbers)}.*")
+    return lines
+
+
+IFSQ, FSQ = tokenizer(), tokenizer("--alpha", 2.0)
+LLAMAGEN, DIT = (generator(model, ()) for model in MODELS)
+ALIGNED_LLAMAGEN, ALIGNED_DIT = (generator(model, aligned()) for model in MODELS)
+PSNR, SHARE, ENTROPY = "PSNR, dB", "class share", "entropy / log2 of the codes"
+TO_REBUILT = "KD to reconstructions"
+CLAIMS = [
+    Claim("bottlenecks", "close", PSNR, IFSQ, FSQ,
+          "ifsq and fsq reconstruct alike.", within=0.15, headline=True),
+    Claim("bottlenecks", "undecided", ENTROPY, IFSQ, FSQ,
+          "Which of the two uses its codes more evenly is undecided."),
+]
+
+
+def of_levels(n, *more):
+    return tokenizer("--levels", *[n] * 4, *more)
 
 
 # ---- Training and measuring ---------------------------------------------------------------------
@@ -296,14 +385,43 @@ def locked(folder, wait=True):
         yield
 
 
-class Workshop:
-    """Where runs are made and their reports kept."""
+def content(data):
+    """A name for a data set by what is in it: the number of its images and a hash of some."""
+    digest = hashlib.sha256()
+    for split in ("train", "val"):
+        images = train.open_images(data, split, [SIZE, SIZE])
+        digest.update(str(len(images)).encode())
+        for i in train.spread(images, 100).tolist():
+            digest.update(images[i][0].numpy().tobytes() + images.classes[images.labels[i]].encode())
+    return digest.hexdigest()[:8]
 
-    def __init__(self, args):
-        self.data, self.second_opinion = args.data, args.second_opinion
-        name = Path(args.data).name
-        self.out = args.out / name
-        self.reports = PAGE.with_suffix("") / name
+
+class Reports:
+    """The reports of one data set, in a folder NAME-HASH."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.name = folder.name.rpartition("-")[0]
+
+    def report(self, run, step):
+        """The report of `run` at `step`, or None if there is none yet."""
+        path = self.folder / f"{run.name(step)}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def all_reports():
+    """The Reports of every data set that has some."""
+    return [Reports(path) for path in sorted(PAGE.with_suffix("").iterdir()) if path.is_dir()]
+
+
+class Workshop(Reports):
+    """Where the runs on a data set are made."""
+
+    def __init__(self, data, out):
+        key = content(data)
+        known = [shop.folder for shop in all_reports() if shop.folder.name.endswith(f"-{key}")]
+        super().__init__((known or [PAGE.with_suffix("") / f"{Path(data).name}-{key}"])[0])
+        self.data, self.out = data, out / self.folder.name
 
     def call(self, folder, *command):
         """Run a command of this repository; its output goes to FOLDER/commands.log."""
@@ -315,34 +433,36 @@ class Workshop:
                 last = log.read_text().splitlines()[-1]
                 sys.exit(f"findings.py: {last} (the command is in {log})")
 
-    def report(self, run, step):
-        """The report of `run` at `step`, or None if there is none yet."""
-        path = self.reports / f"{run.name(step)}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+    def program(self, run, name):
+        """The words of a command that starts train.py or evaluate.py for `run`."""
+        if FIXED_SCALE in run.flags:
+            return [Path(__file__).resolve(), FIXED_SCALE, name]
+        return [ROOT / f"{name}.py"]
 
-    def make(self, run, wait):
-        """Train and measure `run` as far as that is missing.
-
-        If another process is at it: wait, or leave it alone.
-        """
-        with contextlib.suppress(BlockingIOError), locked(self.out / run.name(), wait):
+    def make(self, run):
+        """Train and measure `run` as far as that is missing, unless another process is at it."""
+        with contextlib.suppress(BlockingIOError), locked(self.out / run.name(), wait=False):
             for step in run.all_steps():
                 if not self.report(run, step):
                     self.measure(run, step, self.trained(run, step))
 
     def checkpoint(self, run):
-        """The path of the last checkpoint of `run`, trained if it is not there."""
+        """The path of the last checkpoint of `run`, trained and measured if it is not there."""
+        step = run.all_steps()[-1]
         with locked(self.out / run.name()):
-            return self.trained(run, run.all_steps()[-1])
+            path = self.trained(run, step)
+            if not self.report(run, step):
+                self.measure(run, step, path)
+        return path
 
     def trained(self, run, step):
         """The path of the checkpoint of `run` at `step`, or at a later one."""
         out = self.out / run.name()
-        path = out / "ckpt.pt"
+        path, program = out / "ckpt.pt", self.program(run, "train")
         if not path.exists():
-            self.call(out, ROOT / "train.py", *self.flags(run, out), "--steps", step)
+            self.call(out, *program, *self.flags(run, out), "--steps", step)
         elif train.load_checkpoint(path)["step"] < step:
-            self.call(out, ROOT / "train.py", "--resume", path, "--steps", step)
+            self.call(out, *program, "--resume", path, "--steps", step)
         return path
 
     def flags(self, run, out):
@@ -350,89 +470,74 @@ class Workshop:
 
         The tokenizer and the teacher that it stands on are trained if they are missing.
         """
-        settings = train.as_argv(TRAINING[run.model], TRAINING[run.model])
-        flags = ["--model", run.model, "--data", self.data, "--seed", run.seed, "--out", out,
-                 *settings]
-        if run.model == "tokenizer":
-            return [*flags, *run.flags]
-        flags += ["--tokenizer", self.checkpoint(run.base()), "--cache-dir", self.out / "cache"]
+        flags = ["--model", run.model, "--size", "nano", "--data", self.data, "--seed", run.seed,
+                 "--out", out, *TRAINING[run.model]]
+        if run.model != "tokenizer":
+            flags += ["--tokenizer", self.checkpoint(run.base()),
+                      "--cache-dir", self.out / "cache"]
         if "--repa-layer" in run.flags:
             flags += ["--repa-teacher", self.teacher()]
-        return [*flags, *run.flags]
+        return [*flags, *(flag for flag in run.flags if flag != FIXED_SCALE)]
 
     def teacher(self):
-        """The path of the classifier that is the teacher of all: a run of one step trains it."""
+        """The path of the classifier that teaches and judges: a run of one step trains it."""
         out = self.out / "teacher"
-        tokenizer = self.checkpoint(Run("tokenizer", steps=(BASE,)))
         with locked(out):
             if not (out / "ckpt.pt").exists():
                 self.call(out, ROOT / "train.py", "--model", "dit", "--data", self.data,
-                          "--size", "nano", "--steps", 1, "--tokenizer", tokenizer,
-                          "--repa-layer", 4, "--cache-dir", self.out / "cache", "--out", out)
+                          "--size", "nano", "--steps", 1, "--repa-layer", 4, "--tokenizer",
+                          self.checkpoint(Run("dit").base()), "--cache-dir", self.out / "cache",
+                          "--out", out)
         return out / "teacher" / "ckpt.pt"
 
     def measure(self, run, step, path):
         """Write the report of the checkpoint `path`."""
-        out = path.parent
-        flags = MEASURING[run.measured or run.model]
-        sampled = run.model != "tokenizer" and not run.measured
-        if sampled:
-            images, statistics = self.reference()
-            flags = [*flags, "--num-samples", SAMPLES, "--save-npz", "--reference", statistics]
-        self.call(out, ROOT / "evaluate.py", path, *flags, "--inception", "random", "--out", out)
+        out, flags = path.parent, MEASURING[run.model]
+        if run.model != "tokenizer":
+            flags = [*flags, "--judge", self.teacher()]
+        self.call(out, *self.program(run, "evaluate"), path, *flags, "--out", out)
         name = evaluate.report_name(path)
         found = json.loads((out / f"{name}.json").read_text())
         if found["step"] != step:
             sys.exit(f"findings.py: {path} is already past step {step}, which has no report: "
                      "remove its folder")
-        results = {key: value for key, value in found["results"].items()
-                   if key not in ("reference", "compared")}
+        results = found["results"]
         if results.get("codes"):
             for channel in results["codes"]["channels"]:
                 del channel["histogram"]
-        if self.second_opinion and sampled:
-            samples = out / f"{name}.npz"
-            rebuilt = self.reconstructions(run.base())
-            results["second_opinion"] = {"images": self.opinion(images, samples),
-                                         "reconstructions": self.opinion(rebuilt, samples)}
+        if run.model != "tokenizer":
+            base = run.base()
+            tokenizer = self.report(base, BASE)["results"]
+            results["tokenizer"] = {name: tokenizer[name] for name in ("psnr", "floor")}
+        results["semantic"] = self.semantic(run, out / f"{name}.npz")
         training = {key: value for key, value in found["training"].items() if key not in LOCAL}
-        training["data"] = Path(self.data).name
-        report = {"run": run.name(), "step": step, "training": training,
-                  "sampling": found.get("sampling"), "torch": found["torch"], "results": results,
+        if FIXED_SCALE in run.flags:
+            training["fixed_scale"] = True
+        report = {"run": run.name(), "step": step, "data": self.folder.name,
+                  "training": training, "sampling": found.get("sampling"),
+                  "torch": found["torch"], "results": results,
                   "log": validations(out / "log.csv")}
-        self.reports.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=1) + "\n"
-        (self.reports / f"{run.name(step)}.json").write_text(text)
+        (self.folder / f"{run.name(step)}.json").write_text(text)
 
-    def reference(self):
-        """SAMPLES validation images as .npz, and their statistics."""
-        images, statistics = self.out / "reference.npz", self.out / "reference-statistics.npz"
-        with locked(self.out):
-            if not statistics.exists():
-                source = train.open_images(self.data, "val", [SIZE, SIZE])
-                chosen = train.spread(source, SAMPLES).tolist()
-                pictures = [source[i][0].permute(1, 2, 0).numpy() for i in chosen]
-                np.savez(images, np.stack(pictures))
-                self.call(self.out, ROOT / "evaluate.py", images, "--save-reference", statistics,
-                          "--inception", "random", "--out", self.out / "eval")
-        return images, statistics
-
-    def reconstructions(self, run):
-        """What the tokenizer `run` makes of the images of `reference`, as .npz."""
-        path = self.checkpoint(run)
-        rebuilt = path.parent / "reference" / f"{evaluate.report_name(path)}.npz"
-        with locked(path.parent):
-            if not rebuilt.exists():
-                self.call(path.parent, ROOT / "evaluate.py", path, "--metrics", "psnr",
-                          "--num-samples", SAMPLES, "--save-npz", "--out", rebuilt.parent)
-        return rebuilt
-
-    def opinion(self, reference, samples):
-        """The numbers that the script of --second-opinion prints about two files of images."""
-        command = [sys.executable, self.second_opinion, reference, samples]
-        answer = subprocess.run(command, check=True, capture_output=True, text=True)
-        numbers = json.loads(answer.stdout.splitlines()[-1])
-        return {key: value for key, value in numbers.items() if isinstance(value, float)}
+    def semantic(self, run, path):
+        """Distances of the pictures in `path`, samples or reconstructions, or None if the network
+        is not installed: to the validation images and, of samples, to their reconstructions."""
+        try:
+            network = semantic.load_network()
+        except ImportError:
+            return None
+        pictures = semantic.features(semantic.images_of(path), network)
+        source = train.open_images(self.data, "val", [SIZE, SIZE])
+        real = np.stack([source[i][0].permute(1, 2, 0).numpy() for i in range(len(source))])
+        found = {"images": semantic.distances(semantic.features(real, network), pictures)}
+        if run.model != "tokenizer":
+            base = self.checkpoint(run.base())
+            rebuilt = semantic.images_of(base.parent / f"{evaluate.report_name(base)}.npz")
+            found["reconstructions"] = semantic.distances(semantic.features(rebuilt, network),
+                                                          pictures)
+        return found
 
 
 def validations(path):
@@ -449,113 +554,85 @@ def validations(path):
 
 def values_of(shop, question, metric):
     """{curve: {x: values, one for each seed}} of the reports that are there and know the metric."""
-    if question == "repa" and metric in COLUMNS:
-        return logged_values(shop, metric)
     read, found = METRICS[metric][0], {}
     for curve, points in QUESTIONS[question].items():
-        for x, run in ((x, run) for x, runs in points.items() for run in runs):
+        for x, run in points.items():
             steps = run.all_steps()
-            for step in steps if question in ALONG else steps[-1:]:
-                report = shop.report(run, step)
-                with contextlib.suppress(KeyError, TypeError):  # None: no report, or no codes
-                    value = read(report)
-                    if metric in GAINS:
-                        value = read(shop.report(run._replace(flags=()), step)) - value
-                    place = ALONG[question](report) if question in ALONG else x
-                    found.setdefault(curve, {}).setdefault(place, []).append(value)
+            if question not in ALONG:
+                steps = [EARLY] if run.model != "tokenizer" else steps[-1:]
+            for step in steps:
+                reports = [shop.report(run._replace(seed=seed), step) for seed in SEEDS]
+                with contextlib.suppress(KeyError, TypeError):  # no report, or without this metric
+                    values = [read(report) for report in reports if report]
+                    if values:
+                        place = next(filter(None, reports))
+                        place = ALONG[question](place) if question in ALONG else x
+                        found.setdefault(curve, {})[place] = values
     return found
-
-
-def logged_values(shop, metric):
-    """The same for a validation loss, which the logs know at more steps than the reports."""
-    model, column = COLUMNS[metric]
-    found = {}
-    for curve, points in QUESTIONS["repa"].items():
-        for run in (run for run in points[0] if run.model == model):
-            report = last_report(shop, run)
-            for row in report["log"] if report else ():
-                values = found.setdefault(curve, {}).setdefault(int(row["step"]), [])
-                values.append(row[column])
-    return found
-
-
-def last_report(shop, run):
-    """The report of a run at the last step that has one, or None."""
-    reports = [shop.report(run, step) for step in reversed(run.all_steps())]
-    return next((report for report in reports if report), None)
 
 
 def draw(shop, question):
-    """The picture and the table of a question on shop's data."""
+    """The picture, the table and the claims of a question on shop's data."""
     xlabel, metrics = PICTURES[question]
     found = {metric: values_of(shop, question, metric) for metric in metrics}
     found = {metric: curves for metric, curves in found.items() if curves}
-    show(f"{shop.reports.name}-{question}", xlabel, found, cost(shop, question))
+    name = f"{shop.name}-{question}"
+    if not found:
+        print(f"{name}: no reports yet")
+        return
+    panels = {metric: {curve: (list(points), list(points.values()))
+                       for curve, points in curves.items()} for metric, curves in found.items()}
+    for curves in panels.values():
+        for curve, (x, y) in curves.items():
+            if xlabel:
+                curves[curve] = [ERF if place == "erf" else place for place in x], y
+    evaluate.draw_curves(PAGE.with_suffix("") / f"{name}.png", panels, xlabel)
+    table = table_of(xlabel, found)
+    print(f"\n{name}", *table, sep="\n")
+    write_between(PAGE, f"{name}.png", [
+        f"![{name}](findings/{name}.png)", "",
+        f"<details><summary>the numbers; {cost(shop, question)}</summary>", "", *table, "",
+        "</details>"])
+
+
+def draw_all(questions):
+    """Every picture, table and claim of the page and of the README."""
+    for question in questions:
+        for shop in all_reports():
+            draw(shop, question)
+        write_between(PAGE, f"claims: {question}", lines_of_claims(question))
+    write_between(README, "claims", lines_of_claims())
 
 
 def cost(shop, question):
     """How many trainings a question's reports come from, and how long they took by their logs."""
-    runs = {run.name(): run for run in runs_of(question)}
     minutes = []
-    for report in (last_report(shop, run) for run in runs.values()):
+    for run in runs_of(question):
+        reports = [shop.report(run, step) for step in reversed(run.all_steps())]
+        report = next(filter(None, reports), None)
         if report:
             rate = mean([row["images_per_s"] for row in report["log"]])
             minutes.append(report["step"] * report["training"]["batch_size"] / rate / 60)
-    return f"; {len(minutes)} trainings, {sum(minutes):.0f} minutes in all" if minutes else ""
+    return f"{len(minutes)} trainings, {sum(minutes):.0f} minutes in all"
 
 
-def show(name, xlabel, found, cost=""):
-    """assets/findings/NAME.png, and the same as a table, on the page too if it has a place for it.
-
-    found: {metric: {curve: {x: values, one for each seed}}}
-    """
-    if not found:
-        print(f"{name}: no reports yet")
-        return
-    evaluate.draw_curves(PAGE.with_suffix("") / f"{name}.png", panels_of(xlabel, found), xlabel)
-    table = table_of(xlabel, found)
-    print(f"\n{name}", *table, sep="\n")
-    lines = [f"![{name}](findings/{name}.png)", "",
-             f"<details><summary>the numbers{cost}</summary>", "", *table, "", "</details>"]
-    begin, end = f"<!-- {name}.png -->\n", "\n<!-- end -->"
-    before, mark, after = PAGE.read_text().partition(begin)
+def write_between(page, name, lines):
+    """Put lines between the comments <!-- NAME --> and <!-- end --> of a page, if it has them."""
+    before, mark, after = page.read_text().partition(f"<!-- {name} -->\n")
     if mark:
-        after = after.partition(end.strip())[2]
-        PAGE.write_text(before + begin + "\n".join(lines) + end + after)
-
-
-def in_order(points):
-    """{x: values} in the order of x; erf has its place among the slopes."""
-    return dict(sorted(points.items(), key=lambda point: place(point[0])))
-
-
-def place(x):
-    return ERF if x == "erf" else x
-
-
-def panels_of(xlabel, found):
-    """`found` as `draw_curves` takes it. Without a label curves of one point stand side by side."""
-    order = list(dict.fromkeys(curve for curves in found.values() for curve in curves))
-    panels = {}
-    for metric, curves in found.items():
-        panels[metric] = {}
-        for curve, points in curves.items():
-            points = in_order(points)
-            x = [place(x) for x in points] if xlabel else [order.index(curve)]
-            panels[metric][curve] = x, list(points.values())
-    return panels
+        after = after.partition("<!-- end -->")[2]
+        page.write_text(before + mark + "\n".join(lines) + "\n<!-- end -->" + after)
 
 
 def table_of(xlabel, found):
     """The lines of a Markdown table: mean (smallest to largest), a row for each curve and x."""
     rows = dict.fromkeys((curve, x) for curves in found.values()
-                         for curve, points in curves.items() for x in in_order(points))
+                         for curve, points in curves.items() for x in points)
     table = [f"| | {xlabel or ' '} | {' | '.join(found)} |", f"|{'---|' * (len(found) + 2)}"]
     for curve, x in rows:
-        cells = [curve, str(x) if xlabel else " "]
-        for metric, curves in found.items():
-            cells.append(cell(curves.get(curve, {}).get(x), METRICS[metric][1]))
-        table.append(f"| {' | '.join(cells)} |")
+        cells = [cell(curves.get(curve, {}).get(x), METRICS[metric][1])
+                 for metric, curves in found.items()]
+        table.append(f"| {curve} | {x} | {' | '.join(cells)} |")
     return table
 
 
@@ -564,30 +641,6 @@ def cell(values, digits):
         return ""
     low, middle, high = (f"{f(values):.{digits}f}" for f in (min, mean, max))
     return f"{middle} ({low} to {high})" if max(values) > min(values) else middle
-
-
-def draw_logs():
-    """The validation losses of the longer runs whose logs are in assets/runs."""
-    for data in ("shapes", "cifar"):
-        found = {metric: logged(data, *COLUMNS[metric]) for metric in (BITS, ERROR)}
-        show(f"{data}-losses", "step", found)
-
-
-def logged(data, model, column):
-    """{curve: {step: values, one for each seed}} of the logs in assets/runs.
-
-    They are called DATA-STEPS-MODEL-K-SEED.csv, where K is the aligned layer, 0 for none.
-    """
-    found = {}
-    for path in sorted((ROOT / "assets" / "runs").glob(f"{data}-*-{model}-*.csv")):
-        curve = MODELS[model]
-        if path.stem.split("-")[3] != "0":
-            curve += ", aligned"
-        for row in csv.DictReader(path.open()):
-            if row[column]:
-                values = found.setdefault(curve, {}).setdefault(int(row["step"]), [])
-                values.append(float(row[column]))
-    return found
 
 
 def draw_bins(path, level=9, n=1 << 19):
@@ -602,9 +655,9 @@ def draw_bins(path, level=9, n=1 << 19):
         digits = fsq.quantize(z[:, None], [level], alpha, edges)[1][:, 0]
         share = torch.bincount(digits, minlength=level) / n
         frequency[name] = list(range(level)), (share * level).tolist()
-    panels = {"density of y, times 2": density,
-              f"frequency of the {level} codes, times {level}": frequency}
-    evaluate.draw_curves(path, panels, "y; code (1 is uniform)")
+    panels = {"density of y (uniform: 1)": density,
+              f"frequency of the {level} codes (uniform: 1)": frequency}
+    evaluate.draw_curves(path, panels, "y; code")
 
 
 def main():
@@ -614,25 +667,26 @@ def main():
     parser.add_argument("--data", default="cifar10", help="as for train.py (default: cifar10)")
     parser.add_argument("--out", type=Path, default=Path("out/findings"),
                         help="of the trainings (default: out/findings)")
-    parser.add_argument("--second-opinion", metavar="SCRIPT", help="see above")
-    parser.add_argument("--draw", action="store_true", help="train nothing")
+    parser.add_argument("--draw", action="store_true",
+                        help="train nothing, and need no data: draw all reports that are there")
     args = parser.parse_args()
     unknown = set(args.questions) - set(QUESTIONS)
     if unknown:
         parser.error(f"no such question: {' '.join(unknown)}; choose from {' '.join(QUESTIONS)}")
+    questions = args.questions or list(QUESTIONS)
+    if not args.draw:
+        shop = Workshop(args.data, args.out)
+        for run in [run for question in questions for run in runs_of(question)]:
+            shop.make(run)
     draw_bins(PAGE.with_suffix("") / "bins.png")
-    draw_logs()
-    shop = Workshop(args)
-    for question in args.questions or QUESTIONS:
-        if not args.draw:
-            runs = sorted(runs_of(question), key=lambda run: run.seed)
-            for wait in (False, True):  # first what no other process is at
-                for run in runs:
-                    shop.make(run, wait)
-        draw(shop, question)
+    draw_all(questions)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [FIXED_SCALE]:
+        with_fixed_scale()
+        {"train": train, "evaluate": evaluate}[sys.argv[2]].main(sys.argv[3:])
+        sys.exit()
     try:
         main()
     except KeyboardInterrupt:

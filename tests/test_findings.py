@@ -1,21 +1,18 @@
-"""The script of the findings: its commands parse, and the page says what the reports say."""
+"""The script of the findings: its commands parse, and the page claims what the reports show."""
 import json
 import re
-from argparse import Namespace
 
 import findings
+import numpy as np
 import pytest
+import torch
 
 import train
-
-
-@pytest.fixture
-def shop(tmp_path):
-    return findings.Workshop(Namespace(data="shapes", out=tmp_path, second_opinion=None))
+from tokenizer import Bottleneck, Tokenizer
 
 
 class Reports:
-    """What is read of a Workshop: report(run, step) is made of the results of `read`, if any."""
+    """What is read of findings.Reports: report(run, step) holds the results of `read`, if any."""
 
     def __init__(self, read):
         self.read = read
@@ -25,86 +22,170 @@ class Reports:
         return results and {"step": step, "results": results}
 
 
-@pytest.mark.parametrize("question", findings.QUESTIONS)
-def test_every_run_is_a_command_that_parses(question, shop, tmp_path, monkeypatch):
-    def parse(run):
-        return train.parse_args([str(flag) for flag in shop.flags(run, tmp_path)])
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    """A Workshop on the drawings that trains nothing."""
+    shop = findings.Workshop("shapes", tmp_path)
+    monkeypatch.setattr(shop, "checkpoint", lambda run: "tokenizer.pt")
+    monkeypatch.setattr(shop, "teacher", lambda: "teacher.pt")
+    return shop
+
+
+def stored(run):
+    """The flags of a tokenizer's run, as its checkpoint would hold them."""
+    flags = ["--model", "tokenizer", "--size", "nano", *findings.TRAINING["tokenizer"], *run.flags]
+    return train.parse_args([str(flag) for flag in flags])
+
+
+def parse(shop, run, monkeypatch):
+    base = stored(run.base())
 
     def load_checkpoint(path, *args, **kwargs):
         return {"args": vars(base), "network": train.tokenizer_arguments(base)}
 
-    monkeypatch.setattr(shop, "checkpoint", lambda run: "tokenizer.pt")
-    monkeypatch.setattr(shop, "teacher", lambda: "teacher.pt")
     monkeypatch.setattr(train, "load_checkpoint", load_checkpoint)
+    flags = [*shop.flags(run, shop.out), "--steps", run.all_steps()[-1]]
+    return train.parse_args([str(flag) for flag in flags])
+
+
+@pytest.mark.parametrize("question", findings.QUESTIONS)
+def test_every_run_is_a_command_that_parses(question, shop, monkeypatch):
     for run in findings.runs_of(question):
-        base = parse(run.base())
-        args = parse(run)
-        assert (args.model, args.seed, args.optimizer) == (run.model, run.seed, "adamw")
-        assert (args.image_size, args.downsample, args.hidden) == ([16, 16], 4, 32)
+        args = parse(shop, run, monkeypatch)
+        assert (args.model, args.seed, args.size) == (run.model, run.seed, "nano")
+        assert (args.image_size, args.downsample) == ([16, 16], 4)
         if "--levels" in run.flags:
             assert args.levels == [flag for flag in run.flags if isinstance(flag, int)]
 
 
-def test_the_flags_are_those_that_the_reports_were_trained_with():
-    for path in sorted((findings.PAGE.with_suffix("") / "cifar10").glob("*.json")):
-        trained = json.loads(path.read_text())["training"]
-        expected = {**findings.TRAINING[trained["model"]], "image_size": [16, 16]}
-        for name, value in expected.items():
-            its_own = f"-{name.replace('_', '-')}=" in path.name
-            if name in trained and not its_own:  # token_groups was None, which is 0 today
-                assert (trained[name] or 0) == value, (path.name, name)
+def test_the_reports_were_trained_with_the_commands_of_today(shop, monkeypatch):
+    """A preset that changes makes the reports old: then they have to be made again."""
+    known = {run.name(step): run for question in findings.QUESTIONS
+             for run in findings.runs_of(question) for step in run.all_steps()}
+    free = {*findings.LOCAL, "steps", "save_every", "log_every"}
+    for reports in findings.all_reports():
+        for path in reports.folder.glob("*.json"):
+            if path.stem not in known:
+                assert path.stem.startswith("tokenizer-") and f"steps={findings.BASE}" in path.stem
+                continue
+            args = vars(parse(shop, known[path.stem], monkeypatch))
+            for name, value in json.loads(path.read_text())["training"].items():
+                if name in args and name not in free:
+                    assert value == args[name], (path.name, name)
 
 
 def test_runs_of_one_name_are_the_same_training():
     seen = {}
     for run in (run for question in findings.QUESTIONS for run in findings.runs_of(question)):
-        same = run._replace(measured=None)
-        if run.model != "tokenizer":  # generators may be followed further
-            same = same._replace(steps=None)
-        assert seen.setdefault(run.name(), same) == same
+        assert seen.setdefault(run.name(), run) == run
 
 
-def test_the_page_says_what_the_reports_say(tmp_path, monkeypatch, capsys):
-    page = findings.PAGE.read_text()
-    pictures = re.findall(r"<!-- (\w+)-([\w-]+)\.png -->", page)
-    assert pictures
+def test_a_data_set_is_known_by_its_content(tmp_path):
+    images = train.open_images("shapes", "train", [16, 16]).source
+    for name, more in ("a", 0), ("b", 0), ("c", 1):
+        for split in ("train", "val"):
+            (tmp_path / name / split / "x").mkdir(parents=True)
+            for i in range(3 + more):
+                images[i][0].save(tmp_path / name / split / "x" / f"{i}.png")
+    a, b, c = (findings.content(tmp_path / name) for name in "abc")
+    assert a == b != c
+
+
+def test_the_page_and_the_readme_are_what_the_reports_make_of_them(monkeypatch, capsys):
+    pages = {page: page.read_text() for page in (findings.PAGE, findings.README)}
     monkeypatch.setattr(findings.evaluate, "draw_curves", lambda *args: None)
     try:
-        findings.draw_logs()
-        for data, question in pictures:
-            if question in findings.QUESTIONS:
-                args = Namespace(data=data, out=tmp_path, second_opinion=None)
-                findings.draw(findings.Workshop(args), question)
-        assert findings.PAGE.read_text() == page, "run python tests/findings.py --draw"
+        findings.draw_all(list(findings.QUESTIONS))
+        for page, text in pages.items():
+            assert "<!-- claims" in text
+            assert page.read_text() == text, "run python tests/findings.py --draw"
     finally:
-        findings.PAGE.write_text(page)
+        for page, text in pages.items():
+            page.write_text(text)
+
+
+@pytest.mark.parametrize("claim", findings.CLAIMS, ids=lambda claim: claim.sentence[:40])
+def test_a_claim_is_what_its_reports_show(claim):
+    comparisons = findings.comparisons(claim)
+    assert comparisons, "no data set has reports for it"
+    for compared in comparisons:
+        assert compared.verdict == claim.verdict, compared
+        assert compared.margin >= findings.MARGIN or claim.verdict == "undecided"
+
+
+def claim_of(values, floor=20.0, within=0.0):
+    """How `findings.compare` sees PSNRs {alpha: one for each seed}."""
+    def read(run):
+        flag = 2.0 if run.flags else 1.6
+        return {"psnr": values[flag][run.seed], "floor": floor}
+
+    claim = findings.Claim("alpha", "higher", "PSNR, dB", findings.Run("tokenizer"),
+                           findings.Run("tokenizer", ("--alpha", 2.0)), "One is better.",
+                           within=within)
+    return findings.compare(Reports(read), claim)
+
+
+def test_a_difference_is_decided_by_its_interval_and_by_the_floor():
+    a, b = [24.0, 24.2, 24.4], [23.5, 23.7, 24.0]  # differences 0.5, 0.5, 0.4
+    compared = claim_of({1.6: a, 2.0: b})
+    assert compared.verdict == "higher"
+    assert compared.difference == pytest.approx(1.4 / 3)
+    half = 4.302653 * np.std([0.5, 0.5, 0.4], ddof=1) / 3**0.5  # t of 2 degrees of freedom
+    assert compared.low == pytest.approx(1.4 / 3 - half, abs=1e-5)
+    assert compared.margin == pytest.approx(3.5)
+    assert claim_of({1.6: b, 2.0: a}).verdict == "lower"
+    assert claim_of({1.6: a, 2.0: b}, floor=22.5).verdict == "undecided"  # 1.0 above the PCA
+    assert claim_of({1.6: a, 2.0: [23.5, 24.3, 24.4]}).verdict == "undecided"
+    assert claim_of({1.6: a, 2.0: b}, within=0.7).verdict == "close"
+    assert claim_of({1.6: a, 2.0: b}, within=0.5).verdict == "undecided"
+
+
+def test_a_claim_takes_three_seeds():
+    def read(run):
+        return {"psnr": 24.0, "floor": 20.0} if run.seed < 2 else None
+
+    claim = findings.Claim("alpha", "higher", "PSNR, dB", findings.Run("tokenizer"),
+                           findings.Run("tokenizer", ("--alpha", 2.0)), "One is better.")
+    assert findings.compare(Reports(read), claim) is None
 
 
 def test_values_of_seeds_are_gathered_and_missing_reports_are_left_out():
     def results(run):
-        if run.seed == 1 or "erf" in run.flags:
+        if run.seed == 1 or 2.4 in run.flags:
             return {"psnr": 20.0 + run.seed}
 
     found = findings.values_of(Reports(results), "alpha", "PSNR, dB")
-    assert found["tokenizer"]["erf"] == [20.0, 21.0]
-    assert found["tokenizer"][1.6] == [21.0]
+    assert found["scale chosen by the encoder"][2.4] == [20.0, 21.0, 22.0]
+    assert found["scale chosen by the encoder"][1.6] == [21.0]
     assert findings.values_of(Reports(results), "alpha", "SSIM") == {}
 
 
-def test_gains_are_those_over_the_run_of_the_same_seed():
-    def results(run):
-        aligned = 8 in run.flags
-        if run.model == "dit" and (run.seed == 0 or not run.flags or aligned):
-            return {"val_loss": 2 - run.seed - (0.5 + run.seed) * aligned}
+def test_the_fixed_scale_is_that_of_a_batch_in_training_and_of_the_run_in_evaluation(monkeypatch):
+    plain = Tokenizer.pre
+    monkeypatch.setattr(Tokenizer, "pre", plain)             # both are put back afterwards
+    monkeypatch.setattr(Bottleneck, "track", Bottleneck.track)
+    findings.with_fixed_scale()
+    torch.manual_seed(0)
+    model = Tokenizer(hidden=8, multipliers=[1, 2], num_res_blocks=1, num_groups=2)
+    x = torch.rand(16, 3, 16, 16) * 2 - 1
+    for _ in range(200):
+        pre = model.train().pre(x)
+    std, mean = torch.std_mean(pre, (0, 2, 3), correction=0)
+    torch.testing.assert_close(std, torch.ones(4), atol=1e-2, rtol=0)
+    torch.testing.assert_close(mean, torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.eval().pre(x), pre, atol=1e-2, rtol=1e-2)
 
-    found = findings.values_of(Reports(results), "repa-layer", "DiT: squared error less")
-    assert found["DiT"][8] == [0.5, 1.5]
-    assert found["DiT"][2] == [0.0]
-    assert list(found) == ["DiT"]
+
+def test_semantic_distances_are_those_of_features():
+    semantic = pytest.importorskip("semantic")
+    x = torch.randn(60, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    same, moved = semantic.distances(x, x), semantic.distances(x, x + 2)
+    assert same["fd"] == pytest.approx(0, abs=1e-6)
+    assert moved["fd"] == pytest.approx(8 * 4, rel=1e-6)  # the means differ by 2 in each dimension
+    assert moved["kd"] > same["kd"]
 
 
-def test_the_spread_of_latents_is_read_off_old_and_new_reports():
-    for latents in ({"std": [0.5, 1.5]}, {"std": [9.0, 9.0], "pre_std": [0.5, 1.5]}):
-        report = {"results": {"latents": latents}, "training": {"alpha": None}}
-        assert findings.std(report) == 1.0
-        assert findings.std_times_alpha(report) == 1.6
+def test_links_between_the_page_and_the_pictures():
+    text = findings.PAGE.read_text()
+    for name in re.findall(r"\]\(findings/([^)]+)\)", text):
+        assert (findings.PAGE.with_suffix("") / name).exists(), name
