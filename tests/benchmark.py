@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import csv
 import io
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,9 @@ from tokenizer import Tokenizer, reconstruction_loss  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Rows of a matrix and numbers to copy with which a machine's limits are measured: enough to keep it
+# busy for longer than it takes to start.
+ROWS, COPIED = (8192, 2**28) if DEVICE.type == "cuda" else (2048, 2**24)
 MARKS = {  # what is trained: (column of the log, where it is done, unit)
     "tokenizer, drawings": ("val_psnr", 29.0, "dB"),
     "LlamaGen, drawings": ("val_bits_per_token", 8.0, "bits a token"),
@@ -104,7 +108,7 @@ class Machine:
         if dtype not in self.known:
             self.known[dtype] = self.product(256, dtype)
             if self.known[dtype] > 5e9:  # else it is emulated, and would take minutes
-                self.known[dtype] = self.product(2048, dtype)
+                self.known[dtype] = self.product(ROWS, dtype)
         return self.known[dtype]
 
     def product(self, n, dtype):
@@ -116,10 +120,10 @@ class Machine:
         return [dtype for dtype in DTYPES if self.flops(dtype) > self.flops("fp32") / 4]
 
     def copy(self):
-        """Bytes read and written a second, by copying 64 MB."""
+        """Bytes read and written a second, by copying fp32 that does not fit the caches."""
         if "copy" not in self.known:
-            a, b = (torch.randn(2**24, device=DEVICE) for _ in range(2))
-            self.known["copy"] = 2 * 4 * 2**24 / best(lambda: b.copy_(a))
+            a, b = (torch.randn(COPIED, device=DEVICE) for _ in range(2))
+            self.known["copy"] = 2 * a.nbytes / best(lambda: b.copy_(a))
         return self.known["copy"]
 
 
@@ -243,13 +247,19 @@ def training_step(size, model, batch, dtype, compiled=False):
 
 
 def training(limits, args):
-    for make, size in (make_llamagen, "S"), (make_llamagen, "B"), (make_dit, "S"), (make_dit, "B"):
-        for dtype in limits.dtypes():
-            model = make(size, 16)
-            rate = 4 / best(training_step(size, model, 4, dtype), repeats=2)
-            limit = limits.flops(dtype) / model.flops_per_image()
-            row(f"{type(model).__name__}-{size} step, 4 x 256 tokens, {dtype}",
-                f"{256 * rate:.0f} tokens/s", f"{256 * limit:.0f}", f"MFU {rate / limit:.2f}")
+    batches = {"B": 32, "L": 8} if DEVICE.type == "cuda" else {"S": 4, "B": 4}
+    for make, (size, batch), dtype in itertools.product((make_llamagen, make_dit), batches.items(),
+                                                        limits.dtypes()):
+        model, note = make(size, 16), ""
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        rate = batch / best(training_step(size, model, batch, dtype), repeats=2)
+        if DEVICE.type == "cuda":
+            note = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+        limit = limits.flops(dtype) / model.flops_per_image()
+        row(f"{type(model).__name__}-{size} step, {batch} x 256 tokens, {dtype}",
+            f"{rate:.1f} images/s", f"{limit:.1f}", f"MFU {rate / limit:.2f}{note}")
+        del model
     if not args.compile:
         return
     counts = torch._dynamo.utils.counters["stats"]
