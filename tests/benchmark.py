@@ -24,6 +24,7 @@ import contextlib
 import csv
 import io
 import itertools
+import json
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,7 @@ MARKS = {  # what is trained: (column of the log, where it is done, unit)
     "tokenizer, CIFAR-10": ("val_psnr", 26.0, "dB"),
 }
 OPTIMIZERS = ("adamw", "muon")
+MEASURED = []  # the rows of this call
 EVERY = 25     # steps from one look at the mark to the next
 LIMIT = 3000   # steps after which `learning` gives up
 
@@ -79,6 +81,8 @@ def best(function, repeats=3, seconds=1.0):
 
 
 def row(what, figure, limit="", note=""):
+    """Print a row of the table, and keep it for --json."""
+    MEASURED.append([what, figure, limit, note])
     print(f"| {what} | {figure} | {limit} | {note} |", flush=True)
 
 
@@ -157,6 +161,11 @@ def quantizer(limits, args):
             "the same by plain lines, no checks": plain,
             "indices to codes": lambda: quantize.indices_to_codes(indices),
         }
+        with contextlib.suppress(ImportError):  # a peer, if it is installed
+            from vector_quantize_pytorch import FSQ
+            peer = FSQ([17] * 4).to(DEVICE)
+            functions["quantize and backward, vector-quantize-pytorch"] = (
+                lambda: peer(z[None])[0].sum().backward())
         if args.compile:
             compiled = torch.compile(quantize)
             functions["quantize and backward, compiled"] = (
@@ -363,26 +372,23 @@ def data(limits, args):
 
 
 def growth(limits, args):
-    print("\n| tokens | LlamaGen-S step, tokens/s | DiT-S step, tokens/s "
-          "| LlamaGen-S sampling, batch 8, tokens/s |\n|---|---|---|---|")
     for side in 8, 16, 32:
         tokens = side * side
         batch = max(1, 1024 // tokens)
-        cells = [tokens]
         for make in make_llamagen, make_dit:
-            seconds = best(training_step("S", make("S", side), batch, "fp32"), 1)
-            cells.append(round(batch * tokens / seconds))
+            model = make("S", side)
+            seconds = best(training_step("S", model, batch, "fp32"), 1)
+            row(f"{type(model).__name__}-S step, {batch} x {tokens} tokens",
+                f"{batch * tokens / seconds:.0f} tokens/s")
         model = make_llamagen("S", side).eval()
         labels = torch.zeros(8, dtype=torch.int64, device=DEVICE)
         uniforms = torch.rand(8, tokens, 2, device=DEVICE)
         seconds = best(lambda: llamagen.sample(model, labels, uniforms, cfg_scale=1.0), 1, 0)
-        cells.append(round(8 * tokens / seconds))
-        print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    print("\n| images | Frechet distance of features, s |\n|---|---|")
+        row(f"LlamaGen-S sampling, 8 x {tokens} tokens", f"{8 * tokens / seconds:.0f} tokens/s")
     for count in 256, 1024, 4096:
         mu, sigma = statistics(count)
         seconds = best(lambda: evaluate.frechet_distance(mu, sigma, mu, 2 * sigma), 1, 0)
-        print(f"| {count} | {seconds:.1f} |", flush=True)
+        row(f"Frechet distance, features of {count} images", f"{seconds:.1f} s")
 
 
 # ---- Learning -----------------------------------------------------------------------------------
@@ -430,6 +436,15 @@ def cost_of_learning(column, mark, out, *flags):
             return f"{steps} steps, {steps * args.batch_size} images, {seconds:.0f} s"
 
 
+def processor():
+    """What computes, in words."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 SECTIONS = {"machine": machine, "fsq": quantizer, "tokenizer": tokenizer, "training": training,
             "sampling": sampling, "metrics": metrics, "data": data, "growth": growth,
             "learning": learning}
@@ -445,6 +460,9 @@ def main():
     parser.add_argument("--cifar", metavar="DIR",
                         help="folder of CIFAR-10, with train/ and val/, for `learning`")
     parser.add_argument("--compile", action="store_true", help="add rows with torch.compile")
+    parser.add_argument("--json", type=Path, metavar="PATH",
+                        help="write the rows as JSON, too; the README shows those of "
+                             "assets/benchmark.json")
     args = parser.parse_args()
     unknown = set(args.sections) - set(SECTIONS)
     if unknown:
@@ -455,6 +473,10 @@ def main():
     limits = Machine()
     for name in args.sections or [name for name in SECTIONS if name != "learning"]:
         SECTIONS[name](limits, args)
+    if args.json:
+        report = {"torch": torch.__version__, "device": processor(), "rows": MEASURED,
+                  "threads": torch.get_num_threads()}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
