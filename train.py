@@ -968,12 +968,10 @@ def cache_key(checkpoint, images, data, split, views):
     for name, weight in sorted(checkpoint["ema"].items()):
         digest.update(name.encode() + weight.contiguous().numpy().tobytes())
     if isinstance(images.source, Folder):
-        data = None
+        folder, data = os.fsencode(images.source.folder), None
         for name in images.source.paths.names:
-            status = os.stat(os.path.join(os.fsencode(images.source.folder), name))
-            data = (bytes(name), status.st_size, status.st_mtime_ns,
-                    status.st_ctime_ns)  # both times: an editor may set the first one back
-            digest.update(repr(data).encode())
+            s = os.stat(os.path.join(folder, name))  # both times: an editor may set the first back
+            digest.update(repr((bytes(name), s.st_size, s.st_mtime_ns, s.st_ctime_ns)).encode())
     seed = images.seed if views > 2 else None
     digest.update(repr((data, split, len(images), images.image_size, views, seed)).encode())
     return digest.hexdigest()[:16]
@@ -1026,8 +1024,7 @@ def cached_tokens(args, processes, checkpoint, codec, images, split, views):
             processes.barrier()
             if processes.rank == 0:
                 with contextlib.suppress(FileNotFoundError):
-                    save_array(folder / "all.npy", shape, dtype, map(np.load, parts))
-                    os.replace(folder / "all.npy", path)
+                    save_array(path, shape, dtype, map(np.load, parts))
                 shutil.rmtree(folder, ignore_errors=True)
             processes.barrier()
         except OSError as error:
@@ -1042,13 +1039,16 @@ def cached_tokens(args, processes, checkpoint, codec, images, split, views):
 
 
 def save_array(path, shape, dtype, blocks):
-    """Make a .npy file of the blocks of an array; it has its name when it is whole."""
-    temporary = path.with_name(uuid.uuid4().hex)
-    with open(temporary, "wb") as file:  # plain writes: a full disk is an error, not a crash
-        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.writelines(blocks)
-    os.replace(temporary, path)
+    """Make a .npy file of the blocks of an array, one after the other; it is there when whole."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    try:
+        with open(temporary, "wb") as file:  # plain writes: a full disk is an error, not a crash
+            np.lib.format.write_array_header_1_0(file, header)
+            file.writelines(blocks)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_tokens(parts, args, processes, tokenizer, images, split, shape, dtype, size):

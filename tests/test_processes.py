@@ -204,7 +204,7 @@ try:
     train.open_images("/missing", "all", [8, 8], processes=processes)
 except train.UsageError as error:
     refused = "no such folder" in str(error)
-mapped = train.tempfile.gettempdir() in open("/proc/self/maps").read()
+mapped = ".npy (deleted)" in open("/proc/self/maps").read()
 state = train.load_checkpoint(flags.tokenizer)
 codec = train.load_codec(state, [16, 24], processes.device)
 views, opened = train.Images.views, []
@@ -217,11 +217,10 @@ train.dist.destroy_process_group()
 
 
 def test_a_folder_is_listed_once_and_a_killed_cache_goes_on(tmp_path, tokenizers):
-    """By two processes; one had begun the cache, of which each holds 5 parts of 2 images."""
-    data = make_images(tmp_path / "data", 21)
-    tests = Path(__file__).parent
-    values = dict(paths=[str(tests), str(tests.parent)], data=str(data), cache=str(tmp_path / "cache"),
-                  tokenizer=str(tokenizers / "ifsq" / "ckpt.pt"))
+    """By two processes. The cache has 9 parts of 2 images; one process made 3, and was killed."""
+    data, tests = make_images(tmp_path / "data", 21), Path(__file__).parent
+    values = dict(paths=[str(tests), str(tests.parent)], data=str(data),
+                  cache=str(tmp_path / "cache"), tokenizer=str(tokenizers / "ifsq" / "ckpt.pt"))
     (tmp_path / "listing.py").write_text(LISTING.format(**values))
     state = load_checkpoint(values["tokenizer"])
     images = train.open_images(data, "train", [16, 24])
@@ -231,17 +230,14 @@ def test_a_folder_is_listed_once_and_a_killed_cache_goes_on(tmp_path, tokenizers
         codec = train.load_codec(state, [16, 24], torch.device("cpu"))
         return train.cached_tokens(args, ALONE, state, codec, images, "train", 64).array
 
-    expected = cached(tmp_path / "whole")
-    save, left = train.save_array, 3
+    expected, save = cached(tmp_path / "whole"), train.save_array
+
+    def killed(path, *args):
+        if path.stem == "6":
+            raise KeyboardInterrupt
+        save(path, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        def killed(*args):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            save(*args)
-
         patch.setattr(train, "save_array", killed)
         cached(tmp_path / "cache")
     printed = subprocess.run([sys.executable, *TORCHRUN, "--standalone", "--nproc_per_node=2",
