@@ -218,7 +218,8 @@ def try_lpips(args, image_size, processes):
 def try_training_images(data, size, args, processes):
     """The training images of a data set, or None with a word if they are not here."""
     try:
-        return open_images(data, "train", size, skip_bad=args.skip_bad_images)
+        return open_images(data, "train", size, skip_bad=args.skip_bad_images,
+                           processes=processes)
     except UsageError as error:
         processes.say(f"PCA floor n/a: {error}")
 
@@ -385,13 +386,13 @@ def open_evaluation(checkpoint, args, processes, **kwargs):
     if data is None:
         raise UsageError("this file does not say what it was trained on: name images with --data")
     images = open_images(data, split, trained["image_size"], trained.get("seed", 0),
-                         args.skip_bad_images, **kwargs)
+                         args.skip_bad_images, processes=processes, **kwargs)
     foreign = data not in BUILT_IN and (
         trained["data"] is None or Path(data).resolve() != Path(trained["data"]).resolve())
     if foreign and not args.split and not images.source.has_split:
         split = "all"
         images = open_images(data, split, trained["image_size"], trained.get("seed", 0),
-                             args.skip_bad_images, **kwargs)
+                             args.skip_bad_images, processes=processes, **kwargs)
     processes.say(f"{data}: {images.source.about}")
     return data, split, images
 
@@ -587,7 +588,7 @@ def open_npz(path):
     return stored, None if array is None else Uncropped(array)
 
 
-def open_set(source, args, crop_to=None, split="all"):
+def open_set(source, args, processes, crop_to=None, split="all"):
     """A folder, a data set or an .npz -> (where it comes from, stored statistics, images).
 
     crop_to (H, W): the crop of training, of at most 50,000 images of `split`. None: every image
@@ -597,7 +598,8 @@ def open_set(source, args, crop_to=None, split="all"):
         stored, images = open_npz(source)
         return {"name": str(source), "crop": "none"}, stored, images
     if crop_to:
-        images = open_images(source, split, crop_to, skip_bad=args.skip_bad_images)
+        images = open_images(source, split, crop_to, skip_bad=args.skip_bad_images,
+                             processes=processes)
         chosen = Subset(Cropped(images), spread(images, 50_000).tolist())
         return {"name": str(source), "split": split,
                 "crop": f"{crop_to[0]} x {crop_to[1]}, centre (ADM)"}, {}, chosen
@@ -607,7 +609,7 @@ def open_set(source, args, crop_to=None, split="all"):
     if not paths:
         raise UsageError(f"{source}: no images in it")
     if args.skip_bad_images:
-        paths = list(itertools.compress(paths, readable(paths)))
+        paths.names = paths.names[readable(paths)]
     return {"name": str(source), "crop": "none"}, {}, Uncropped(paths)
 
 
@@ -779,7 +781,7 @@ def find_reference(data, size, args, processes, network, references):
     try:
         if source is None:
             raise UsageError("the file does not say what it was trained on")
-        opened = open_set(source, args, size, split)
+        opened = open_set(source, args, processes, size, split)
     except UsageError as error:
         if args.reference or args.data or args.metrics:
             raise
@@ -798,7 +800,7 @@ def evaluate_sets(args, processes):
     """The report of two sets of images, the reference first; None for one that is only saved."""
     network = functools.cache(lambda: load_inception(args, processes))
     names = wanted(args)
-    first, *second = [open_set(path, args) for path in args.checkpoints]
+    first, *second = [open_set(path, args, processes) for path in args.checkpoints]
     reference_names = INCEPTION_METRICS if args.save_reference else names - {"is"}
     reference = measure_set(first, args, processes, network, reference_names)
     if args.save_reference:

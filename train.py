@@ -44,6 +44,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 import zipfile
@@ -132,6 +133,7 @@ class Shapes(Dataset):
     def __init__(self, split, image_size):
         self.split, (self.height, self.width) = split, image_size
         self.targets = np.arange(self.lengths[split]) % len(self.classes)
+        self.about = f"{len(self)} drawings of 10 classes"
 
     def __len__(self):
         return self.lengths[self.split]
@@ -206,12 +208,12 @@ def subfolders(folder):
     return sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 
-def walk_images(folder, left_out=None):
+def walk_images(folder, left_out=None, top=None):
     """The image files below a folder, one by one, links followed. A folder linked twice counts
     once, and a link to a folder above it not at all.
 
-    left_out: a dictionary that counts the other files by suffix. A folder that may not be read
-    raises PermissionError.
+    left_out: a dictionary that counts the other files by suffix. top: the folder, this one or one
+    above, that the names begin from. A folder that may not be read raises PermissionError.
     """
     def refuse(error):
         raise error
@@ -224,18 +226,34 @@ def walk_images(folder, left_out=None):
             names.clear()
             continue
         visited.add(real)
+        below = os.path.join(*Path(where).relative_to(top or folder).parts, "")
         for name in files:
             if is_image(name):
-                yield Path(where, name)
+                yield below + name
             elif left_out is not None:
                 suffix = os.path.splitext(name)[1].lower()
                 kind = "hidden" if is_hidden(name) else suffix or "no suffix"
                 left_out[kind] = left_out.get(kind, 0) + 1
 
 
-def find_images(folder, left_out=None):
-    """What `walk_images` finds, sorted."""
-    return sorted(walk_images(folder, left_out))
+class Paths:
+    """Many paths as an array of names (N,), encoded, below a folder. Loader processes do not copy
+    an array that they read, as they do a list of objects, whose references are counted."""
+
+    def __init__(self, folder, names):
+        self.folder, self.names = folder, names
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return Path(self.folder, os.fsdecode(self.names[index]))
+
+
+def find_images(folder, left_out=None, top=None):
+    """The Paths of what `walk_images` finds, sorted."""
+    names = sorted(walk_images(folder, left_out, top), key=lambda name: name.replace(os.sep, "\0"))
+    return Paths(top or folder, np.array([*map(os.fsencode, names)], bytes))
 
 
 def holds_images(path):
@@ -247,7 +265,8 @@ def holds_images(path):
 
 def unwrapped(folder):
     """The folder in it that holds all its images, in folders again; None if there is none."""
-    inside = [p for p in folder.iterdir() if not is_hidden(p.name) and holds_images(p)]
+    inside = (p for p in folder.iterdir() if not is_hidden(p.name) and holds_images(p))
+    inside = [*itertools.islice(inside, 2)]
     if len(inside) == 1 and inside[0].is_dir() and any(map(holds_images, subfolders(inside[0]))):
         return inside[0]
 
@@ -270,42 +289,35 @@ def find_splits(folder):
 
 
 class Folder(Dataset):
-    """The images of one split of a folder, as (PIL image, class).
+    """The images of a folder, as (PIL image, class); those of one split are `split(name)`.
 
-    split: "train", "val", or "all" for both. Class folders give the classes, sorted by name;
-    images in a single folder are one class. Without a folder for validation, every tenth
-    image of each class is held out, but never the only one. `about` says in words what was found.
-    Raises UsageError for a folder without images, or with images next to class folders.
+    Class folders give the classes, sorted by name; images in a single folder are one class. Without
+    a folder for validation, every tenth image of each class is held out, but never the only one.
+    Raises UsageError for images next to class folders.
     """
 
-    def __init__(self, folder, split):
+    def __init__(self, folder):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UsageError(f"--data {folder}: no such folder (built in: {' '.join(BUILT_IN)})")
         self.left_out = {}
         train, val = find_splits(self.folder)
         self.has_split = val is not None
-        parts = [self.by_class(train)]
-        if val:
-            parts.append(self.by_class(val))
-            unknown = sorted(parts[1].keys() - parts[0].keys())
-            if unknown:
-                raise UsageError(f"--data {folder}: classes in {val.name}/ but not in "
-                                 f"{train.name}/: {', '.join(unknown[:5])}")
+        parts = [self.by_class(part) for part in (train, val) if part]
         self.classes = sorted(parts[0])
-        chosen = {"train": parts[:1], "val": parts[1:], "all": parts}[split]
-        if not val and split != "all":
-            chosen = [self.held_out(parts[0], split)]
-            rule = f"{split}: every tenth image of a class is held out"
-        else:
-            rule = f"{train.name}/ and {val.name}/" if val else "all images"
-        self.paths, self.targets = [], []
-        for by_class in chosen:
-            for label, name in enumerate(self.classes):
-                self.paths += by_class.get(name, [])
-                self.targets += [label] * len(by_class.get(name, []))
-        total = sum(len(paths) for part in parts for paths in part.values())
-        self.about = f"{len(self.paths)} of {total} images, {len(self.classes)} classes ({rule})"
+        unknown = sorted(parts[-1].keys() - parts[0].keys())
+        if unknown:
+            raise UsageError(f"--data {folder}: classes in {val.name}/ but not in {train.name}/: "
+                             f"{', '.join(unknown[:5])}")
+        groups = [(label, part[name]) for part in parts for label, name in enumerate(self.classes)
+                  if name in part]
+        counts = [len(paths) for _, paths in groups]
+        self.paths = Paths(self.folder, np.concatenate([paths.names for _, paths in groups]))
+        self.targets = np.repeat(np.int32([label for label, _ in groups]), counts)           # (N,)
+        self.held_out = self.every_tenth(counts)                                             # (N,)
+        if val:
+            self.held_out = np.arange(len(self)) >= sum(map(len, parts[0].values()))
+        self.rule, self.about = f"{train.name}/ and {val.name}/" if val else "", ""
         if train.name.lower() in TRAIN_NAMES + VAL_NAMES:
             beside = [p.name for p in sorted(train.parent.iterdir())
                       if p not in (train, val) and not is_hidden(p.name) and holds_images(p)]
@@ -314,75 +326,81 @@ class Folder(Dataset):
         if self.left_out:
             others = ", ".join(f"{n} {kind}" for kind, n in sorted(self.left_out.items())[:6])
             self.about += f"; left out: {others}"
-        if not self.paths:
-            raise UsageError(f"--data {folder}: no images for {split} ({self.about}); "
-                             f"files may end in {' '.join(sorted(SUFFIXES))}")
 
     def by_class(self, folder):
-        """{class name: sorted paths} of one folder."""
+        """{class name: sorted Paths} of one folder."""
         while inner := unwrapped(folder):
             folder = inner
-        folders = {p.name: find_images(p, self.left_out) for p in subfolders(folder)}
+        folders = {p.name: find_images(p, self.left_out, self.folder) for p in subfolders(folder)}
         classes = {name: paths for name, paths in folders.items() if paths}
-        side_by_side = [p for p in sorted(folder.iterdir()) if p.is_file() and is_image(p.name)]
-        if classes and side_by_side:
+        side_by_side = [p for p in sorted(folder.iterdir() if classes else ())
+                        if p.is_file() and is_image(p.name)]
+        if side_by_side:
             raise UsageError(
                 f"--data {folder}: {len(side_by_side)} images (such as {side_by_side[0].name}) lie "
                 f"next to folders with images (such as {next(iter(classes))}/): move them into a "
                 "folder of their class, or all images into one folder")
-        return classes or {FLAT: find_images(folder, self.left_out)}
+        return classes or {FLAT: find_images(folder, self.left_out, self.folder)}
 
     @staticmethod
-    def held_out(by_class, split):
-        """Every tenth of a class's images for "val", the others for "train".
+    def every_tenth(counts):
+        """Which images (N,) are held out, if the classes have so many: every tenth of a class.
 
-        A class of one image keeps it for "train", unless all classes are like that. A tokenizer
+        A class of one image keeps it for training, unless all classes are like that. A tokenizer
         can learn from those, so every tenth class is held out then, from the second one on.
         """
-        singles = all(len(paths) == 1 for paths in by_class.values())
-        chosen = {}
-        for number, (name, paths) in enumerate(by_class.items()):
-            if singles:
-                for_val = [number % 10 == 1]
-            else:
-                for_val = [len(paths) > 1 and i % 10 == 0 for i in range(len(paths))]
-            chosen[name] = [p for p, held in zip(paths, for_val) if held == (split == "val")]
-        return chosen
+        if max(counts) == 1:
+            return np.arange(len(counts)) % 10 == 1
+        return np.concatenate([(np.arange(n) % 10 == 0) & (n > 1) for n in counts])
 
-    def drop_unreadable(self):
-        """Forget the images that cannot be read, and say how many."""
-        good = readable(self.paths)
-        bad = [path for path, ok in zip(self.paths, good) if not ok]
-        self.targets = list(itertools.compress(self.targets, good))
-        self.paths = list(itertools.compress(self.paths, good))
-        if bad:
-            self.about += f"; skipped {len(bad)} unreadable images, the first is {bad[0]}"
+    def split(self, name, skip_bad=False):
+        """The Folder of its "train", "val" or "all" images; UsageError if there are none.
+
+        skip_bad: without those that cannot be read. `about` says in words what was found.
+        """
+        part = copy.copy(self)
+        part.keep({"train": ~self.held_out, "val": self.held_out, "all": ...}[name])
+        rule = self.rule or ("all images" if name == "all" else
+                             f"{name}: every tenth image of a class is held out")
+        part.about = (f"{len(part)} of {len(self)} images, {len(self.classes)} classes ({rule})"
+                      f"{self.about}")
+        if not len(part):
+            raise UsageError(f"--data {self.folder}: no images for {name} ({part.about}); "
+                             f"files may end in {' '.join(sorted(SUFFIXES))}")
+        if skip_bad and not (good := readable(part.paths)).all():
+            part.about += (f"; skipped {(~good).sum()} unreadable images, the first is "
+                           f"{part.paths[good.argmin()]}")
+            part.keep(good)
+        return part
+
+    def keep(self, mask):
+        self.paths, self.targets = Paths(self.folder, self.paths.names[mask]), self.targets[mask]
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
         try:
-            return read_image(self.paths[index]), self.targets[index]
+            return read_image(self.paths[index]), int(self.targets[index])
         except Exception as error:  # PIL has a dozen ways to say that a file is broken
             raise UsageError(f"cannot read the image {self.paths[index]} ({error}): "
                              "repair or remove it, or pass --skip-bad-images")
 
 
 def readable(paths):
-    """Read every image once: a list of whether that worked. UsageError if it never did."""
-    from concurrent.futures import ThreadPoolExecutor
+    """Read every image once: (N,) bool, whether that worked. UsageError if it never did."""
+    from multiprocessing.pool import ThreadPool
 
-    def try_to_read(path):
+    def try_to_read(index):
         with contextlib.suppress(Exception):
-            read_image(path)
+            read_image(paths[index])
             return True
         return False
 
-    with ThreadPoolExecutor() as pool:
-        good = list(tqdm(pool.map(try_to_read, paths), total=len(paths), disable=None,
-                         desc="reading every image once"))
-    if not any(good):
+    with ThreadPool(min(32, os.cpu_count() + 4)) as pool:
+        good = np.array([*tqdm(pool.imap(try_to_read, range(len(paths)), 16), total=len(paths),
+                               disable=None, desc="reading every image once")])
+    if not good.any():
         raise UsageError(f"none of the {len(paths)} images can be read, such as {paths[0]}")
     return good
 
@@ -510,33 +528,44 @@ class RandomCrops(Dataset):
         return self.images.random_crop(index, epoch), self.images.labels[index]
 
 
-def open_images(data, split, image_size, seed=0, skip_bad=False, classes=None,
-                unconditional=False):
-    """--data and a split ("train", "val" or, for folders, "all") -> Images."""
+def open_sources(data, splits, image_size, skip_bad, processes=None):
+    """--data -> a source of (PIL image, class) for each split; a folder is listed once for all.
+
+    processes: those that all need them. Rank 0 looks for them, and a machine keeps one list.
+    """
+    if processes and processes.world > 1:
+        sources = processes.agree_on(lambda: open_sources(data, splits, image_size, skip_bad))
+        for source in sources if data not in BUILT_IN else ():
+            source.paths.names = processes.share(source.paths.names)
+        return sources
     if data == "shapes":
-        source = Shapes("train" if split == "train" else "val", image_size)
-        source.about = f"{len(source)} drawings of 10 classes"
-    elif data == "cifar10":
+        return [Shapes("train" if split == "train" else "val", image_size) for split in splits]
+    if data == "cifar10":
         from torchvision.datasets import CIFAR10
         try:
-            source = CIFAR10(CACHE, train=split == "train", download=True)
+            sources = [CIFAR10(CACHE, train=split == "train", download=True) for split in splits]
         except (OSError, RuntimeError) as error:
             raise UsageError(f"CIFAR-10 could not be downloaded ({error}): "
                              f"put cifar-10-python.tar.gz into {CACHE}")
-        source.about = f"{len(source)} images of CIFAR-10"
-    else:
-        source = Folder(data, split)
-        if skip_bad:
-            source.drop_unreadable()
+        for source in sources:
+            source.about = f"{len(source)} images of CIFAR-10"
+        return sources
+    folder = Folder(data)
+    return [folder.split(split, skip_bad) for split in splits]
+
+
+def open_images(data, split, image_size, seed=0, skip_bad=False, classes=None,
+                unconditional=False, processes=None):
+    """--data and a split ("train", "val" or, for folders, "all") -> Images."""
+    source, = open_sources(data, [split], image_size, skip_bad, processes)
     return Images(source, image_size, seed, classes, unconditional)
 
 
 def open_splits(args, processes, classes=None):
     """The training and the validation images of a run. Rank 0 says what was found."""
-    with processes.in_turn():  # the first process downloads, the others find it there
-        train, val = (open_images(args.data, split, args.image_size, args.seed,
-                                  args.skip_bad_images, classes, args.unconditional)
-                      for split in ("train", "val"))
+    train, val = (Images(source, args.image_size, args.seed, classes, args.unconditional)
+                  for source in open_sources(args.data, ("train", "val"), args.image_size,
+                                             args.skip_bad_images, processes))
     processes.say(f"{args.data}: {train.source.about}; validation: {val.source.about}")
     absent = set(train.classes) - {train.classes[label] for label in train.labels}
     if absent:
@@ -642,10 +671,9 @@ def tokenizer_arguments(args):
 class TokenizerTraining:
     """Stage one, as `fit` wants it: networks, batches, the loss of a step, validation."""
 
-    def __init__(self, args, processes, saved):
+    def __init__(self, args, processes, saved, splits):
         self.args, self.processes = args, processes
-        classes = saved["classes"] if saved else None
-        images, self.val_images = open_splits(args, processes, classes)
+        images, self.val_images = splits
         start = saved["step"] if saved else 0
         self.batches = load_batches(args, processes, RandomCrops(images), start)
 
@@ -940,11 +968,10 @@ def cache_key(checkpoint, images, data, split, views):
     for name, weight in sorted(checkpoint["ema"].items()):
         digest.update(name.encode() + weight.contiguous().numpy().tobytes())
     if isinstance(images.source, Folder):
-        data = []
-        for path in images.source.paths:
-            status = path.stat()  # both times: an editor may set the first one back
-            data.append((os.path.relpath(path, images.source.folder), status.st_size,
-                         status.st_mtime_ns, status.st_ctime_ns))
+        folder, data = os.fsencode(images.source.folder), None
+        for name in images.source.paths.names:
+            s = os.stat(os.path.join(folder, name))  # both times: an editor may set the first back
+            digest.update(repr((bytes(name), s.st_size, s.st_mtime_ns, s.st_ctime_ns)).encode())
     seed = images.seed if views > 2 else None
     digest.update(repr((data, split, len(images), images.image_size, views, seed)).encode())
     return digest.hexdigest()[:16]
@@ -972,8 +999,8 @@ def open_cache(path, shape, dtype, codebook_size):
 def cached_tokens(args, processes, checkpoint, codec, images, split, views):
     """The Tokens of a data set: found in --cache-dir, or encoded now by all processes together.
 
-    Every writer has a file of its own, which gets the cache's name when it is whole, so that two
-    runs may fill the same cache at once.
+    Every process writes files of some images, from which rank 0 makes the cache at last. What a
+    killed run has written is not encoded again, and two runs may fill the same cache at once.
     """
     tokenizer = codec.tokenizer
     if tokenizer.discrete:
@@ -982,28 +1009,28 @@ def cached_tokens(args, processes, checkpoint, codec, images, split, views):
     else:
         size = None
         shape, dtype = (len(images), views, tokenizer.latent_dim, *codec.grid), np.dtype("float16")
-    key = cache_key(checkpoint, images, args.data, split, views)
+    key = processes.agree_on(lambda: cache_key(checkpoint, images, args.data, split, views))
     path = args.cache_dir / f"{split}-{key}.npy"
     array = open_cache(path, shape, dtype, size)
     if processes.largest(array is None):  # if one process does not have it, all make it
-        temporary = path.with_name(f".{path.name}.{processes.agree(uuid.uuid4().hex)}")
+        folder, step = path.with_suffix(".parts"), max(1, 128 // views)
+        step *= max(1, len(images) // (step * 4096))  # some thousands of files at most
+        parts = {folder / f"{first}.npy": range(len(images))[first:first + step]
+                 for first in range(0, len(images), step)}
         try:
-            if processes.rank == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.lib.format.open_memmap(temporary, "w+", dtype, shape).flush()
-            processes.barrier()
-            write_tokens(temporary, args, processes, tokenizer, images, split)
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another run was quicker, and tidied up
+                write_tokens(parts, args, processes, tokenizer, images, split, shape, dtype, size)
             processes.barrier()
             if processes.rank == 0:
-                os.replace(temporary, path)
+                with contextlib.suppress(FileNotFoundError):
+                    save_array(path, shape, dtype, map(np.load, parts))
+                shutil.rmtree(folder, ignore_errors=True)
             processes.barrier()
         except OSError as error:
-            megabytes = math.prod(shape) * dtype.itemsize / 1e6
+            megabytes = 2 * math.prod(shape) * dtype.itemsize / 1e6  # the parts and the whole
             raise UsageError(f"cannot write {megabytes:.0f} MB into {path.parent} ({error}): make "
                              "room, or choose another --cache-dir")
-        finally:
-            if processes.rank == 0:
-                temporary.unlink(missing_ok=True)
         array = open_cache(path, shape, dtype, size)
         if array is None:
             raise UsageError(f"{path} was written and cannot be read back: check the disk, and "
@@ -1011,25 +1038,40 @@ def cached_tokens(args, processes, checkpoint, codec, images, split, views):
     return Tokens(array, images)
 
 
-def write_tokens(path, args, processes, tokenizer, images, split):
-    """Encode this process's share of the images into its rows of the .npy file at `path`."""
-    array = np.load(path, mmap_mode="r")
-    first, last = (len(images) * rank // processes.world
-                   for rank in (processes.rank, processes.rank + 1))
-    views = array.shape[1]
-    loader = DataLoader(Subset(AllViews(images, views), range(first, last)),
-                        max(1, 128 // views), num_workers=workers(args, processes),
-                        worker_init_fn=ignore_interrupts)
-    bar = tqdm(total=last - first, desc=f"encoding {split}", unit="image",
-               disable=processes.quiet())
-    with open(path, "r+b") as file:  # plain writes: a full disk is an error, not a crash
-        file.seek(array.offset + first * array[:1].nbytes)
-        for x in loader:                                                               # (B,V,3,H,W)
-            z, indices = tokenizer.encode(to_float(x.flatten(0, 1), processes.device))
-            tokens = z if indices is None else indices
-            file.write(tokens.cpu().numpy().astype(array.dtype).tobytes())
-            bar.update(len(x))
-    bar.close()
+def save_array(path, shape, dtype, blocks):
+    """Make a .npy file of the blocks of an array, one after the other; it is there when whole."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    try:
+        with open(temporary, "wb") as file:  # plain writes: a full disk is an error, not a crash
+            np.lib.format.write_array_header_1_0(file, header)
+            file.writelines(blocks)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tokens(parts, args, processes, tokenizer, images, split, shape, dtype, size):
+    """Encode this process's share of {path: range of images}, except what is there already."""
+    batch = max(1, 128 // shape[1])
+    mine = [*parts.items()][processes.rank::processes.world]
+    missing = [(path, part) for path, part in mine
+               if open_cache(path, (len(part), *shape[1:]), dtype, size) is None]
+    batches = [part[i:i + batch] for _, part in missing for i in range(0, len(part), batch)]
+    loader = iter(DataLoader(AllViews(images, shape[1]), batch_sampler=batches,
+                             num_workers=workers(args, processes),
+                             worker_init_fn=ignore_interrupts))
+    count = sum(len(part) for _, part in mine)
+    with tqdm(total=count, initial=count - sum(map(len, batches)), desc=f"encoding {split}",
+              unit="image", disable=processes.quiet()) as bar:
+        for path, part in missing:
+            blocks = []
+            for x in itertools.islice(loader, -(-len(part) // batch)):                 # (B,V,3,H,W)
+                z, indices = tokenizer.encode(to_float(x.flatten(0, 1), processes.device))
+                tokens = z if indices is None else indices
+                blocks.append(tokens.cpu().numpy().astype(dtype, "C"))
+                bar.update(len(x))
+            save_array(path, (len(part), *shape[1:]), dtype, blocks)
 
 
 # ---- Stage two: a generator ---------------------------------------------------------------------
@@ -1143,11 +1185,11 @@ def sampling_settings(kind, size):
 class GeneratorTraining:
     """Stage two, as `fit` wants it: networks, batches, the loss of a step, validation."""
 
-    def __init__(self, args, processes, saved, tokenizer):
-        """tokenizer: a tokenizer's checkpoint."""
+    def __init__(self, args, processes, saved, tokenizer, splits):
+        """tokenizer: a tokenizer's checkpoint. splits: what `open_splits` returns."""
         self.args, self.processes, self.task = args, processes, TASKS[args.model]
         self.codec = load_codec(tokenizer, args.image_size, processes.device)
-        images, val_images = open_splits(args, processes, saved and saved["classes"])
+        images, val_images = splits
         self.teacher, teacher_state = None, None
         if args.repa_layer:
             teacher_state = saved["teacher"] if saved else find_teacher(args, processes, images,
@@ -1671,6 +1713,25 @@ class Processes(NamedTuple):
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
+
+    def agree_on(self, function):
+        """What function() returns on rank 0. If it raises an error there, it does so on all."""
+        value = None
+        if self.world > 1 and self.rank == 0:
+            with contextlib.suppress(UsageError, OSError):
+                value = function()
+        return self.agree(value) or function()
+
+    def share(self, array):
+        """An array that all processes have, in memory that those of one machine share."""
+        path = Path(tempfile.gettempdir(), f"{self.agree(uuid.uuid4().hex)}.npy")
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the first process of each machine
+            np.save(path, array)
+        self.barrier()
+        array = np.asarray(np.load(path, mmap_mode="r"))
+        self.barrier()
+        path.unlink(missing_ok=True)  # what is mapped stays
+        return array
 
     @contextlib.contextmanager
     def in_turn(self):
@@ -2735,11 +2796,9 @@ def first_stage_args(args, images):
     return argparse.Namespace(**flags)
 
 
-def first_stage(args, processes):
+def first_stage(args, processes, splits):
     """The path of OUT/tokenizer/ckpt.pt, trained or continued now if it is not finished."""
-    with processes.in_turn():
-        images = open_images(args.data, "train", args.image_size, skip_bad=args.skip_bad_images)
-    flags = first_stage_args(args, len(images))
+    flags = first_stage_args(args, len(splits[0]))
     path, saved = flags.out / "ckpt.pt", None
     if path.exists():
         saved = load_checkpoint(path, "tokenizer")
@@ -2749,7 +2808,7 @@ def first_stage(args, processes):
         if saved["step"] >= flags.steps:
             return path
     processes.say(f"first {'continuing' if saved else 'training'} the tokenizer in {flags.out}")
-    return fit(TokenizerTraining(flags, processes, saved), flags, processes, saved,
+    return fit(TokenizerTraining(flags, processes, saved, splits), flags, processes, saved,
                first_stage=True)
 
 
@@ -2769,13 +2828,14 @@ def train(args):
             if saved["step"] >= args.steps:
                 raise UsageError(f"{args.resume} has finished its {args.steps} steps: "
                                  "raise --steps to continue")
+        splits = open_splits(args, processes, saved and saved["classes"])
         if args.model == "tokenizer":
-            training = TokenizerTraining(args, processes, saved)
+            training = TokenizerTraining(args, processes, saved, splits)
         else:
             tokenizer = saved["tokenizer"] if saved else load_checkpoint(
-                args.tokenizer or first_stage(args, processes), "tokenizer", levels=args.levels,
-                alpha=args.alpha)
-            training = GeneratorTraining(args, processes, saved, tokenizer)
+                args.tokenizer or first_stage(args, processes, splits), "tokenizer",
+                levels=args.levels, alpha=args.alpha)
+            training = GeneratorTraining(args, processes, saved, tokenizer, splits)
         path = fit(training, args, processes, saved)
         processes.say(f"saved {path}; next: python evaluate.py {path}")
         return path

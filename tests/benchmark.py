@@ -6,8 +6,8 @@
     python tests/benchmark.py learning           # how soon training gets somewhere: an hour or two
     python tests/benchmark.py learning --cifar DIR  # the same on a folder of CIFAR-10 as well
 
-Sections: machine fsq tokenizer training sampling metrics data growth learning. Run nothing else
-meanwhile.
+Sections: machine fsq tokenizer training sampling metrics data scale growth learning. Run nothing
+else meanwhile.
 
 Each figure is the best of a few repetitions, after a warm-up. The limit beside it is measured in
 the same run: the rate of one large matrix product of the same dtype, and the speed of copying a
@@ -22,13 +22,16 @@ long a run will be is not known before. LlamaGen trains on the tokenizer that Mu
 import argparse
 import contextlib
 import csv
+import gc
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -371,6 +374,68 @@ def data(limits, args):
     row("drawing a built-in image of 32 px", f"{rate:.0f} images/s a core")
 
 
+def copied(function):
+    """The bytes that a forked process, such as a loader, has of its own because of function()."""
+    def private():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if "Private_Dirty" in line)
+
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        gc.disable()
+        for i in range(200_000):  # renews Python's table of names, which is copied once
+            Path(f"{i}")
+        before = private()
+        function()
+        os.write(writing, str(private() - before).encode())
+        os._exit(0)
+    os.wait()
+    return int(os.read(reading, 99))
+
+
+def scale(limits, args, classes=100, count=2_000):
+    """A folder of many (empty) files, and a token cache that is encoded in two goes."""
+    alone, total = train.Processes(0, 1, DEVICE, torch.float32), classes * count
+    checkpoint = {"network": train.tokenizer_arguments(parse("--model", "tokenizer"))}
+    checkpoint["ema"] = Tokenizer(**checkpoint["network"]).state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(total):
+            path = f"{folder}/images/n{number % classes:08d}/n{number % classes:08d}_{number}.JPEG"
+            if number < classes:
+                os.makedirs(os.path.dirname(path))
+            open(path, "w").close()
+        flags = parse("--data", f"{folder}/images", "--cache-dir", f"{folder}/cache")
+        with contextlib.redirect_stdout(io.StringIO()):
+            seconds = best(lambda: train.open_splits(flags, alone), 1)
+            tracemalloc.start()
+            splits = train.open_splits(flags, alone)
+            held, most = (size / total for size in tracemalloc.get_traced_memory())
+            tracemalloc.stop()
+        row(f"listing {total} files", f"{seconds:.1f} s")
+        seconds = best(lambda: [train.cache_key(checkpoint, images, flags.data, "train", 2)
+                                for images in splits], 1)
+        row("looking whether they have changed", f"{seconds:.1f} s")
+        row("their list", f"{held:.0f} bytes a file", "200", f"{most:.0f} while it is made")
+        size = copied(lambda: [None for images in splits for i, _ in enumerate(images.labels)
+                               if not images.source.paths[i]]) / total
+        row("what a loader process copies of it", f"{size:.0f} bytes a file")
+
+        codec = train.load_codec(checkpoint, [32, 32], DEVICE)
+        images, save = train.open_images("shapes", "val", [32, 32]), train.save_array
+
+        def killed(path, *args):
+            if path.stem == "512":
+                raise KeyboardInterrupt
+            save(path, *args)
+
+        for what, function, count in ("killed after", killed, 512), ("going on with", save, 488):
+            train.save_array, begin = function, time.perf_counter()
+            with contextlib.suppress(KeyboardInterrupt):
+                train.cached_tokens(flags, alone, checkpoint, codec, images, "val", 2)
+            row(f"token cache of 1,000 drawings, 2 views, nano, {what} {count}",
+                f"{count / (time.perf_counter() - begin):.0f} images/s")
+
+
 def growth(limits, args):
     for side in 8, 16, 32:
         tokens = side * side
@@ -446,8 +511,8 @@ def processor():
 
 
 SECTIONS = {"machine": machine, "fsq": quantizer, "tokenizer": tokenizer, "training": training,
-            "sampling": sampling, "metrics": metrics, "data": data, "growth": growth,
-            "learning": learning}
+            "sampling": sampling, "metrics": metrics, "data": data, "scale": scale,
+            "growth": growth, "learning": learning}
 
 
 def main():

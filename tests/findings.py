@@ -41,6 +41,7 @@ import tokenizer as tokenizers  # noqa: E402
 import train  # noqa: E402
 
 PAGE, README = ROOT / "assets" / "findings.md", ROOT / "README.md"
+BENCHMARK = ROOT / "assets" / "benchmark.json"
 SIZE = 16        # of the images, pixels
 SEEDS = (0, 1, 2)
 SAMPLES = 500    # of a generator, every class equally often
@@ -199,9 +200,6 @@ def runs_of(question):
 
 
 # ---- What is read off a report ------------------------------------------------------------------
-
-ERF = 1.702  # where on an axis of alpha: the slope of the nearest sigmoid
-
 
 def mean(values):
     return sum(values) / len(values)
@@ -582,10 +580,6 @@ def draw(shop, question):
         return
     panels = {metric: {curve: (list(points), list(points.values()))
                        for curve, points in curves.items()} for metric, curves in found.items()}
-    for curves in panels.values():
-        for curve, (x, y) in curves.items():
-            if xlabel:
-                curves[curve] = [ERF if place == "erf" else place for place in x], y
     evaluate.draw_curves(PAGE.with_suffix("") / f"{name}.png", panels, xlabel)
     table = table_of(xlabel, found)
     print(f"\n{name}", *table, sep="\n")
@@ -602,6 +596,16 @@ def draw_all(questions):
             draw(shop, question)
         write_between(PAGE, f"claims: {question}", lines_of_claims(question))
     write_between(README, "claims", lines_of_claims())
+    write_between(README, "speed", speeds())
+
+
+def speeds():
+    """Lines of Markdown: what `tests/benchmark.py --json assets/benchmark.json` measured."""
+    report = json.loads(BENCHMARK.read_text())
+    rows = [f"| {' | '.join(row)} |" for row in report["rows"]]
+    return [f"{report['device']}, {report['threads']} threads, torch {report['torch']}:", "",
+            "<details><summary>the table</summary>", "", "| what | measured | limit | |",
+            "|---|---|---|---|", *rows, "", "</details>"]
 
 
 def cost(shop, question):

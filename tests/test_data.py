@@ -1,4 +1,7 @@
 """The data half of train.py: crops, folders, odd images, and the order in which a run sees them."""
+import os
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -154,6 +157,27 @@ def test_find_images_is_sorted_and_counts_the_rest(tmp_path):
     left_out = {}
     assert [p.name for p in find_images(tmp_path, left_out)] == ["x.jpeg", "1.PNG", "2.png"]
     assert left_out == {"hidden": 1, ".gif": 1, "no suffix": 1}
+
+
+def test_a_large_folder_takes_few_bytes(tmp_path):
+    """At most 100 of each file, in the order that Path has."""
+    names = [f"{i % 30:02d}/{i}.jpg" for i in range(3000)]
+    names += ["00/a/2.png", "00/a-b/1.png", "00/a.png", "01/é.png",
+              os.fsdecode(b"01/\xff\xfe.png")]
+    for parent in {(tmp_path / name).parent for name in names}:
+        parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        open(tmp_path / name, "w").close()
+    tracemalloc.start()
+    images = [open_images(tmp_path, split, [8, 8]) for split in ("train", "val")]
+    sizes = [trace.size for trace in tracemalloc.take_snapshot().traces]
+    tracemalloc.stop()
+    size = sum(size for size in sizes if size < 1e6)  # Python's table of all names may be renewed
+    assert 20 * len(names) < size < 100 * len(names)
+    assert [len(part) for part in images] == [2703, 302]
+    paths = open_images(tmp_path, "all", [8, 8]).source.paths
+    assert list(paths) == sorted(tmp_path / name for name in names)
+    assert all(os.path.isfile(path) for path in paths) and paths[-1] == list(paths)[-1]
 
 
 def test_bad_images_are_named_or_skipped(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 import train
-from train import Shapes, UsageError, load_checkpoint, load_codec, main, open_images
+from train import Images, Shapes, UsageError, load_checkpoint, load_codec, main, open_images
 
 pytestmark = pytest.mark.usefixtures("small")
 CPU = torch.device("cpu")
@@ -161,23 +161,38 @@ def test_a_damaged_cache_is_made_again(tokenizers, tmp_path, damage):
     assert np.array_equal(make_cache(tokenizers, tmp_path)[0].array, first)
 
 
-@pytest.mark.parametrize("error, raised, words", [
-    (KeyboardInterrupt(), KeyboardInterrupt, None),
-    (OSError(28, "No space left on device"), UsageError, "No space left.*make room")])
-def test_an_unfinished_cache_is_not_left_behind(tokenizers, tmp_path, monkeypatch, error, raised,
-                                                words):
-    write = train.write_tokens
+FULL = OSError(28, "No space left on device"), UsageError, "No space left.*make room"
+STOP = KeyboardInterrupt(), KeyboardInterrupt, None
 
-    def interrupted(*args):
-        write(*args)
-        raise error
+
+@pytest.mark.parametrize("error, raised, words, damage", [
+    (*FULL, None), (*STOP, lambda path: path.write_bytes(path.read_bytes()[:-5])),
+    (*STOP, lambda path: np.save(path, np.full((8, 16, 24), 9 * 8 * 9 * 8, np.uint16)))],
+    ids=["as it was", "cut off", "an index too large"])
+def test_an_unfinished_cache_goes_on_where_it_was(tokenizers, tmp_path, monkeypatch, error, raised,
+                                                  words, damage):
+    """It is encoded in three parts of 8 images, and stops after two, of which one may be damaged
+    then."""
+    expected = make_cache(tokenizers, tmp_path / "whole", views=16)[0].array
+    save, views, opened = train.save_array, Images.views, []
+
+    def interrupted(path, *args):
+        if path.stem == "16":
+            raise error
+        save(path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_tokens", interrupted)
+        patch.setattr(train, "save_array", interrupted)
         with pytest.raises(raised, match=words):
-            make_cache(tokenizers, tmp_path)
-    assert not names_in(tmp_path)
-    assert len(make_cache(tokenizers, tmp_path)[0]) == 24
+            make_cache(tokenizers, tmp_path / "cache", views=16)
+    if damage:
+        damage(next((tmp_path / "cache").glob("*.parts/0.npy")))
+    monkeypatch.setattr(Images, "views", lambda images, index, numbers: (
+        opened.append(index), views(images, index, numbers))[1])
+    tokens = make_cache(tokenizers, tmp_path / "cache", views=16)[0]
+    assert np.array_equal(tokens.array, expected)
+    assert opened == [*range(8 if damage else 0), *range(16, 24)]
+    assert names_in(tmp_path / "cache") == names_in(tmp_path / "whole")
 
 
 def test_two_runs_may_fill_one_cache_at_once(tokenizers, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ def one_after_the_other():
         getattr(module, program)(module.parse_args(argv))
 train.guarded("launcher", one_after_the_other)
 """
+ALONE = train.Processes(0, 1, torch.device("cpu"), torch.float32)
 TORCHRUN = ["-m", "torch.distributed.run"]
 
 
@@ -186,6 +188,67 @@ def test_two_processes_share_stage_one_cache_and_teacher(outs):
 def test_processes_draw_the_same_samples(outs):
     one, two = (np.load(next((outs[name] / "samples").glob("*.npz"))) for name in ("one", "two"))
     assert np.array_equal(one["arr_0"], two["arr_0"]) and len(one["arr_0"]) == 11
+
+
+LISTING = """import os, sys
+sys.path[:0] = {paths!r}
+import conftest, pytest, torch, train
+conftest.shrink(pytest.MonkeyPatch())
+walk, walked = os.walk, []
+os.walk = lambda top, **kwargs: walked.append(top) or walk(top, **kwargs)
+flags = train.parse_args(["--data", {data!r}, "--image-size", "16", "24", "--device", "cpu",
+                          "--tokenizer", {tokenizer!r}, "--cache-dir", {cache!r}])
+processes = train.start_processes(flags)
+images = train.open_splits(flags, processes)[0]
+try:
+    train.open_images("/missing", "all", [8, 8], processes=processes)
+except train.UsageError as error:
+    refused = "no such folder" in str(error)
+mapped = ".npy (deleted)" in open("/proc/self/maps").read()
+state = train.load_checkpoint(flags.tokenizer)
+codec = train.load_codec(state, [16, 24], processes.device)
+views, opened = train.Images.views, []
+train.Images.views = lambda images, i, numbers: opened.append(i) or views(images, i, numbers)
+train.cached_tokens(flags, processes, state, codec, images, "train", 64)
+print(processes.rank, len(walked) > 0, refused, mapped, [str(path) for path in images.source.paths],
+      opened, sep=";", flush=True)
+train.dist.destroy_process_group()
+"""
+
+
+def test_a_folder_is_listed_once_and_a_killed_cache_goes_on(tmp_path, tokenizers):
+    """By two processes. The cache has 9 parts of 2 images; one process made 3, and was killed."""
+    data, tests = make_images(tmp_path / "data", 21), Path(__file__).parent
+    values = dict(paths=[str(tests), str(tests.parent)], data=str(data),
+                  cache=str(tmp_path / "cache"), tokenizer=str(tokenizers / "ifsq" / "ckpt.pt"))
+    (tmp_path / "listing.py").write_text(LISTING.format(**values))
+    state = load_checkpoint(values["tokenizer"])
+    images = train.open_images(data, "train", [16, 24])
+
+    def cached(folder):
+        args = Namespace(data=str(data), cache_dir=folder, num_workers=0)
+        codec = train.load_codec(state, [16, 24], torch.device("cpu"))
+        return train.cached_tokens(args, ALONE, state, codec, images, "train", 64).array
+
+    expected, save = cached(tmp_path / "whole"), train.save_array
+
+    def killed(path, *args):
+        if path.stem == "6":
+            raise KeyboardInterrupt
+        save(path, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_array", killed)
+        cached(tmp_path / "cache")
+    printed = subprocess.run([sys.executable, *TORCHRUN, "--standalone", "--nproc_per_node=2",
+                              str(tmp_path / "listing.py")], capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    lines = sorted(line.split(";") for line in printed.stdout.splitlines() if ";[" in line)
+    paths = str([str(path) for path in images.source.paths])
+    assert [line[:5] for line in lines] == [["0", "True", "True", "True", paths],
+                                            ["1", "False", "True", "True", paths]]
+    assert sorted(json.loads(lines[0][5]) + json.loads(lines[1][5])) == [*range(6, 18)]
+    assert np.array_equal(np.load(next((tmp_path / "cache").glob("*.npy"))), expected)
 
 
 def test_two_machines(tmp_path, tokenizers, start):
