@@ -1627,6 +1627,8 @@ def orthogonalize(x, steps=5):
     a, b, c = 3.4445, -4.7750, 2.0315
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT, steps).mT
+    # The polynomials of small singular values are large: TF32's 10 bits do not suffice for them.
+    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
     identity = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
     gram, product = x @ x.mT, identity                                                 # (K,M,M)
@@ -1634,6 +1636,7 @@ def orthogonalize(x, steps=5):
         polynomial = a * identity + b * gram + c * gram @ gram
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     return product @ x
 
 
