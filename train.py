@@ -47,6 +47,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -1209,7 +1210,8 @@ class GeneratorTraining:
         # A model that was trained before keeps the scale of its latents.
         latents = (init.get("latents") or init.get("tokenizer", {}).get("latents")
                    or tokenizer.get("latents") or self.measure_latents())
-        tokenizer = {**tokenizer, "latents": latents}
+        # The checkpoint's own tensors are let go: each would keep the whole file mapped.
+        tokenizer.update(latents=latents, ema=self.codec.tokenizer.state_dict())
         self.codec = self.codec.normalised(latents)
         network = self.build(saved, init, len(images.classes))
         views = RandomViews(tokens, args.seed, with_pixels=self.teacher is not None)
@@ -1217,6 +1219,8 @@ class GeneratorTraining:
         self.header = {"kind": args.model, "network": network, "classes": images.classes,
                        "tokenizer": {name: tokenizer[name] for name in KEPT if name in tokenizer}}
         if teacher_state:
+            if "ema" in teacher_state:  # let go, too
+                teacher_state["ema"] = self.teacher.state_dict()
             self.header["teacher"] = teacher_state
         h, w = self.codec.grid
         processes.say(f"{args.model} {args.size}: {h} x {w} tokens of "
@@ -1229,28 +1233,45 @@ class GeneratorTraining:
         Returns the constructor arguments of the model.
         """
         args, processes = self.args, self.processes
-        torch.manual_seed(seed_of(args.seed, -1))
+        sharded = args.fsdp and processes.world > 1
         with building("the flags"):
             network = saved["network"] if saved else self.arguments(init, num_classes)
-            self.model = MODELS[args.model](**network, grad_checkpoint=args.grad_checkpoint)
+            with torch.device("meta" if sharded else "cpu"):  # "meta": shapes without memory
+                whole = self.draw(network)
+        self.model = whole.model if self.teacher else whole
+        if not sharded:
+            whole.to(processes.device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        if sharded:  # the weights of a new run are whole on the CPU of rank 0 alone
+            for module in dict.fromkeys((self.model, whole, self.ema)):
+                processes.shard(module)
+                module.to_empty(device=processes.device)
+            if not saved:
+                from torch.distributed.checkpoint.state_dict import (StateDictOptions,
+                                                                     set_model_state_dict)
+                options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+                drawn = self.draw(network).state_dict() if processes.rank == 0 else {}
+                set_model_state_dict(whole, drawn, options=options)
+                self.ema.load_state_dict(self.model.state_dict())
         if init:
             load_weights(self.model, init, "ema", args.init_from)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False).to(processes.device)
-        whole = self.model.to(processes.device)
+            load_weights(self.ema, init, "ema", args.init_from)
         self.modules = {"model": self.model, "ema": self.ema}
         if self.teacher:
-            projector = repa.make_projector(self.model.dim, self.teacher.dim, args.repa_width)
-            self.modules["projector"] = projector.to(processes.device)
-            whole = repa.Aligned(self.model, projector)  # one module: DDP averages all gradients
-        if args.fsdp:
-            layers = {"llamagen": "layers", "dit": "blocks"}[args.model]
-            processes.shard(*getattr(self.model, layers), self.model)
-            processes.shard(*getattr(self.ema, layers), self.ema)
-            if self.teacher:
-                processes.shard(projector, whole)
+            self.modules["projector"] = whole.projector
         self.optimizers = {"optimizer": (whole, make_optimizer(args, whole))}
         self.network = processes.wrap(maybe_compile(args, whole))
         return network
+
+    def draw(self, network):
+        """What is trained, with new weights: the model, with REPA in one module with a projector,
+        so that DDP averages all gradients."""
+        torch.manual_seed(seed_of(self.args.seed, -1))
+        model = MODELS[self.args.model](**network, grad_checkpoint=self.args.grad_checkpoint)
+        if not self.teacher:
+            return model
+        return repa.Aligned(model, repa.make_projector(model.dim, self.teacher.dim,
+                                                       self.args.repa_width))
 
     def arguments(self, init, num_classes):
         """Constructor arguments of the model: those of the flags, or of a public file `init`."""
@@ -1298,41 +1319,55 @@ class GeneratorTraining:
 
     def validate(self):
         """(columns for the log, entries for the checkpoint); draws samples.png."""
-        ema = self.ema
-        if self.args.fsdp and self.processes.world > 1:  # sampling wants whole layers
-            ema = MODELS[self.args.model](**self.header["network"]).to(self.processes.device)
-            ema.load_state_dict(module_state(self.ema, on_all=True))
-        value = validate_generator(self.task, ema, self.codec, self.val_tokens, self.processes)
+        value = validate_generator(self.task, self.ema, self.codec, self.val_tokens,
+                                   self.processes)
         if not math.isfinite(value):
             raise ValueError(f"{self.task.val_column} became {value}")
+        ema = self.whole_ema()
         if self.processes.rank == 0:
-            settings = sampling_settings(self.args.model, self.args.size)
-            if "sample_steps" in settings:
-                settings["sample_steps"] = 25  # enough to see where training stands
+            settings, columns = sampling_settings(self.args.model, self.args.size), 6
+            if "sample_steps" in settings:  # 48 pictures: 5% of 500 steps' passes on 64 GPUs
+                settings["sample_steps"], columns = 25, 4  # enough to see where training stands
             if self.args.class_dropout == 0:
                 settings["cfg_scale"] = 1.0  # the row of "no class" was never trained
             classes = min(len(self.header["classes"]), 12)
-            labels = torch.arange(classes).repeat_interleave(6)
+            labels = torch.arange(classes).repeat_interleave(columns)
             pictures = sample_pictures(self.task, ema, self.codec, labels, range(len(labels)),
                                        self.args.seed, settings, self.processes)
-            save_grid(self.args.out / "samples.png", pictures, columns=6)
+            save_grid(self.args.out / "samples.png", pictures, columns)
         return {self.task.val_column: value}, {}
+
+    def whole_ema(self):
+        """The averaged model. With --fsdp rank 0 gets a copy for the while, and the others nothing:
+        divided, each of a picture's many tokens would take all layers from all processes again."""
+        if not is_sharded(self.ema):
+            return self.ema
+        weights = whole_tensors(self.ema.state_dict(), self.processes.rank)
+        if self.processes.rank > 0:
+            return None
+        with torch.device("meta"):
+            ema = MODELS[self.args.model](**self.header["network"])
+        ema.load_state_dict(weights, assign=True)
+        return ema.to(self.processes.device)
 
 
 @torch.no_grad()
 def validate_generator(task, model, codec, tokens, processes, batch_size=64, limit=1000):
-    """The validation loss over at most 1,000 centre views, shared among the processes."""
+    """The validation loss over at most 1,000 centre views, shared among the processes. All call
+    the model equally often, as FSDP needs it: some repeat the last block, which does not count."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # of loss * images, of images
-    for block, part in enumerate(spread(tokens, limit).split(batch_size)):
-        if block % processes.world != processes.rank:
-            continue
+    blocks = spread(tokens, limit).split(batch_size)
+    for first in range(0, len(blocks), processes.world):
+        block = min(first + processes.rank, len(blocks) - 1)
+        part = blocks[block]
+        weight = len(part) * (block == first + processes.rank)
         items = [tokens[i] for i in part.tolist()]
         batch = torch.stack([item[0] for item in items]).to(processes.device)
         labels = torch.tensor([item[1] for item in items], device=processes.device)
         with processes.autocast():
             loss = task.validation_loss(model, codec, batch, labels, block)
-        total += torch.tensor([loss.item() * len(part), len(part)], dtype=torch.float64)
+        total += torch.tensor([loss.item() * weight, weight], dtype=torch.float64)
     total = processes.sum(total)
     return (total[0] / total[1]).item()
 
@@ -1443,7 +1478,7 @@ def fit(training, args, processes, saved, first_stage=False):
                                   enabled=processes.dtype == torch.float16)
     if saved:
         start = saved["step"]
-        load_training(training, scaler, saved, processes)
+        load_training(training, scaler, saved)
     with building("the checkpoint's log"):
         log = Log(args.out / "log.csv", start, saved, processes.rank)
     bar = tqdm(total=args.steps, initial=start, desc=args.model, unit="step", smoothing=0.05,
@@ -1509,8 +1544,9 @@ def fit(training, args, processes, saved, first_stage=False):
                 state = {"format": 2, "args": plain_args(args), "step": done, "log": log.state(),
                          **training.header, **entries, "scaler": scaler.state_dict(),
                          **training_state(training, processes)}
-                if processes.rank == 0:
+                if processes.rank == 0:  # the others go on until they need it
                     save_checkpoint(path, state)
+                del state  # whole with --fsdp
             if stop and (done < args.steps or first_stage):
                 bar.close()
                 processes.barrier()
@@ -1753,37 +1789,47 @@ class Processes(NamedTuple):
         if self.world == 1 or is_sharded(network):
             return network
         local = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=local, **kwargs)
+        return nn.parallel.DistributedDataParallel(network, device_ids=local,
+                                                   gradient_as_bucket_view=True, **kwargs)
 
-    def shard(self, *networks):
-        """Divide the parameters of networks among the processes (FSDP), in place, a part before
-        what contains it; each is made whole when it runs."""
-        if self.world > 1:
-            from torch.distributed.fsdp import fully_shard
-            mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
-            for network in networks:
-                fully_shard(network, mesh=mesh)
+    def shard(self, network):
+        """Divide the parameters of `network` among the processes (FSDP), in place. Its layers and
+        other children are made whole one at a time, when they are called."""
+        from torch.distributed.fsdp import fully_shard
+        warnings.filterwarnings("ignore", ".* returned a view tensor")  # none is changed in place
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
+        for child in network.children():
+            for part in child if isinstance(child, nn.ModuleList) else [child]:
+                if not is_sharded(part):
+                    fully_shard(part, mesh=mesh)
+        fully_shard(network, mesh=mesh)
 
     def synchronise(self, network, now):
-        """Whether the next backward pass exchanges gradients between the processes."""
-        if is_sharded(network):
-            network.set_requires_gradient_sync(now)
+        """Whether the next backward pass exchanges gradients between the processes. With FSDP
+        each does: until then a process would keep the gradients of the whole model."""
         network.require_backward_grad_sync = now  # what DistributedDataParallel looks at
 
-    def require_shared(self, folder):
-        """Raise UsageError on every process if not all of them see the same `folder`."""
-        if self.world == 1:
-            return
-        mark = folder / f".shared-{self.agree(uuid.uuid4().hex)}"
-        if self.rank == 0:
-            mark.touch()
-        self.barrier()
-        missing = self.largest(0 if mark.exists() else self.rank + 1)
-        if self.rank == 0:
-            mark.unlink()
-        if missing:
-            raise UsageError(f"rank {int(missing) - 1} does not see {folder.resolve()}: put --out, "
-                             "--cache-dir and --tokenizer on a disk that all machines share")
+    def require_shared(self, outputs, inputs):
+        """Raise UsageError on every process if one of them does not see the files of rank 0: the
+        marks that it leaves in the folders `outputs` for the moment, the names in `inputs`."""
+        name = f".shared-{self.agree(uuid.uuid4().hex)}"
+        for path in (*outputs, *inputs) if self.world > 1 else ():
+            mark, seen = path / name, None
+            with contextlib.suppress(OSError):  # a full cache may be on a read-only disk
+                if self.rank == 0 and path in outputs:
+                    path.mkdir(parents=True, exist_ok=True)
+                    mark.touch()
+            self.barrier()
+            with contextlib.suppress(OSError):
+                seen = mark.exists() if path in outputs else (
+                    path.is_file() or sorted(os.listdir(path))[:1000])  # of maybe a million
+            blind = self.largest(0 if seen == self.agree(seen) else self.rank + 1)
+            if self.rank == 0 and seen is True and path in outputs:
+                mark.unlink()
+            if blind:
+                raise UsageError(f"rank {int(blind) - 1} does not see {path.resolve()} as rank 0 "
+                                 "does: put --out, --cache-dir, --data and --tokenizer on a disk "
+                                 "that all machines share")
 
 
 def start_processes(args, tf32=True):
@@ -2234,58 +2280,49 @@ def load_weights(module, checkpoint, name, what="the checkpoint"):
         if broken:
             raise UsageError(f"the weights {name!r} are not finite ({', '.join(broken[:3])}): "
                              "take an earlier checkpoint")
-        module.load_state_dict(weights)
+        for key, tensor in module.state_dict().items():  # one at a time
+            tensor.copy_(part_of(weights[key], tensor))
+
+
+def part_of(value, like):
+    """A whole tensor as it is, or, if FSDP divides `like`, the part of it that this process has."""
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole_tensors(state, rank):
+    """A state dict in which what FSDP divides is whole: on the CPU of rank 0, and None elsewhere.
+    All processes call it, and gather one tensor at a time."""
+    if isinstance(state, dict):
+        return {name: whole_tensors(value, rank) for name, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    state = state.full_tensor()
+    return state.cpu() if rank == 0 else None
 
 
 def training_state(training, processes):
-    """The states of all networks and optimizers, whole and, with --fsdp, on rank 0 only."""
-    state = {name: module_state(module) for name, module in training.modules.items()}
-    for name, (module, optimizer) in training.optimizers.items():
-        state[name] = optimizer_state(module, optimizer)
-    return state
+    """The states of all networks and optimizers; with --fsdp rank 0 has them, see whole_tensors."""
+    state = {name: module.state_dict() for name, module in training.modules.items()}
+    state |= {name: optimizer.state_dict() for name, (_, optimizer) in training.optimizers.items()}
+    return whole_tensors(state, processes.rank)
 
 
-def module_state(module, on_all=False):
-    """module.state_dict() of whole tensors, on rank 0 or on all processes."""
-    if not is_sharded(module):
-        return module.state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    options = StateDictOptions(full_state_dict=True, cpu_offload=not on_all)
-    return get_model_state_dict(module, options=options)
-
-
-def optimizer_state(module, optimizer):
-    """optimizer.state_dict() of whole tensors: parameters have numbers there, names in FSDP."""
-    if not is_sharded(module):
-        return optimizer.state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_optimizer_state_dict(module, optimizer, options=options)
-    if not state:
-        return state
-    names = [name for name, _ in module.named_parameters()]
-    group = {**state["param_groups"][0], "params": list(range(len(names)))}
-    return {"state": {i: state["state"][name] for i, name in enumerate(names)},
-            "param_groups": [group]}
-
-
-def load_training(training, scaler, saved, processes):
-    """The reverse of `training_state`, and the scaler's state."""
+def load_training(training, scaler, saved):
+    """The reverse of `training_state`, and the scaler's state. Takes out of `saved` what it loads:
+    nothing of a large file is kept."""
     with building("the checkpoint does not fit this run"):
         for name, module in training.modules.items():
-            if is_sharded(module):
-                from torch.distributed.checkpoint.state_dict import (StateDictOptions,
-                                                                     set_model_state_dict)
-                set_model_state_dict(module, saved[name],
-                                     options=StateDictOptions(full_state_dict=True))
-            else:
-                load_weights(module, saved, name)
-        for name, (module, optimizer) in training.optimizers.items():
-            load_optimizer(module, optimizer, saved[name])
+            load_weights(module, saved, name)
+            del saved[name]
+        for name, (_, optimizer) in training.optimizers.items():
+            load_optimizer(optimizer, saved.pop(name))
         scaler.load_state_dict(saved["scaler"])
 
 
-def load_optimizer(module, optimizer, state):
+def load_optimizer(optimizer, state):
     """Give an optimizer its saved state, which must fit its parameters."""
     pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     if state["state"].keys() not in (set(), set(range(len(pairs)))):
@@ -2304,18 +2341,15 @@ def load_optimizer(module, optimizer, state):
             wrong.append(count)
         if wrong:
             raise UsageError(f"the optimizer's {', '.join(wrong)} does not fit parameter {number}")
-    if not is_sharded(module):
-        own = optimizer.state_dict()["param_groups"]
-        if [group.keys() for group in own] != [group.keys() for group in state["param_groups"]]:
-            raise UsageError("the checkpoint was saved by another optimizer")
-        optimizer.load_state_dict(state)
-        return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-    names = [name for name, _ in module.named_parameters()]
-    by_name = {"state": {names[i]: value for i, value in state["state"].items()},
-               "param_groups": [{**state["param_groups"][0], "params": names}]}
-    set_optimizer_state_dict(module, optimizer, by_name,
-                             options=StateDictOptions(full_state_dict=True))
+        for name in names:
+            part = part_of(moments[name], parameter)
+            moments[name] = part.to(parameter.device, copy=True)  # on a CPU, too
+        if count:
+            moments[count] = copy.deepcopy(moments[count])
+    own = optimizer.state_dict()["param_groups"]
+    if [group.keys() for group in own] != [group.keys() for group in state["param_groups"]]:
+        raise UsageError("the checkpoint was saved by another optimizer")
+    optimizer.load_state_dict(state)
 
 
 class Log:
@@ -2502,7 +2536,7 @@ def make_parser():
 
     add = parser.add_group("data")
     add("--data", "built-in drawings, CIFAR-10 (downloaded), or a folder: of class folders, of "
-        "train/ and val/ with such, or of images", default="shapes",
+        "train/ and val/ with such, or of images; several machines share it", default="shapes",
         metavar="{shapes,cifar10,DIR}")
     add("--image-size", "side of the square crop, or height and width, pixels",
         type=number(int, 1, 2**14, "integer"), nargs="+", metavar="PX")
@@ -2514,8 +2548,8 @@ def make_parser():
 
     add = parser.add_group("tokenizer")
     add("--tokenizer", "trained tokenizer for a generator; unset, OUT/tokenizer/ckpt.pt, which is "
-        "trained first if it is missing, with the preset's optimizer, rates and batch",
-        metavar="CKPT")
+        "trained first if it is missing, with the preset's optimizer, rates and batch; several "
+        "machines share it", metavar="CKPT")
     add("--tokenizer-steps", "steps of that first stage; unset, those of --model tokenizer",
         type=COUNT, metavar="N")
     add("--quantizer", "bottleneck", choices=QUANTIZERS, default="ifsq")
@@ -2548,8 +2582,8 @@ def make_parser():
     add("--crops", "crops of each image in the token cache: the centre and N - 1 random ones, "
         "each with its mirror image", type=number(int, 1, 10_000, "integer"), default=1,
         metavar="N")
-    add("--cache-dir", "folder of the token caches", type=Path, default=Path("out/cache"),
-        metavar="DIR")
+    add("--cache-dir", "folder of the token caches; several machines share it", type=Path,
+        default=Path("out/cache"), metavar="DIR")
     add("--grad-checkpoint", "recompute each layer in the backward pass: less memory, a third "
         "more time", action=SWITCH, default=False)
     add("--fsdp", "divide weights, gradients and optimizer of the generator among the processes",
@@ -2587,8 +2621,8 @@ def make_parser():
     add("--seed", "of everything that is random", type=WHOLE, default=0)
 
     add = parser.add_group("files")
-    add("--out", "folder of checkpoint, log and pictures; unset, out/MODEL-DATA, and -repaK for "
-        "an aligned generator", type=Path, metavar="DIR")
+    add("--out", "folder of checkpoint, log and pictures, which several machines share; unset, "
+        "out/MODEL-DATA, and -repaK for an aligned generator", type=Path, metavar="DIR")
     add("--resume", "continue from CKPT, or without one from OUT/ckpt.pt, with the flags stored "
         "in it", nargs="?", const=True, metavar="CKPT")
     add("--init-from", "start a new run from the averaged weights of CKPT, of a run or of the "
@@ -2622,6 +2656,9 @@ def parse_args(argv=None):
     if given.resume:
         path = out / "ckpt.pt" if given.resume is True else Path(given.resume)
         out = given.out or path.parent
+    files = (path, given.tokenizer, given.init_from, given.repa_teacher)
+    start_processes(given).require_shared((), [Path(file) for file in files if file])
+    if given.resume:
         asked = given.model if any(word.startswith("--model") for word in argv) else None
         stored = flags_of_run(path, asked)
     elif given.tokenizer or given.init_from and given.model == "tokenizer":
@@ -2821,7 +2858,8 @@ def train(args):
     micro_batch_size(args.batch_size, processes.world, args.grad_accum)  # before any work is done
     with only_run_in(args.out, processes):
         processes.barrier()
-        processes.require_shared(args.out)
+        processes.require_shared([args.out] + [args.cache_dir] * (args.model != "tokenizer"),
+                                 [] if args.data in BUILT_IN else [Path(args.data)])
         path, saved = args.out / "ckpt.pt", None
         if path.exists() and not (args.resume and path.samefile(args.resume)):
             raise UsageError(f"{path} exists: continue it with --resume {path}, or choose another "

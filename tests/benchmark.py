@@ -30,6 +30,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -501,6 +502,7 @@ def cost_of_learning(column, mark, out, *flags):
             return f"{steps} steps, {steps * args.batch_size} images, {seconds:.0f} s"
 
 
+<<<<<<< HEAD
 def processor():
     """What computes, in words."""
     if DEVICE.type == "cuda":
@@ -513,6 +515,93 @@ def processor():
 SECTIONS = {"machine": machine, "fsq": quantizer, "tokenizer": tokenizer, "training": training,
             "sampling": sampling, "metrics": metrics, "data": data, "scale": scale,
             "growth": growth, "learning": learning}
+=======
+# ---- Memory -------------------------------------------------------------------------------------
+
+PHASES = ("start", "steps", "validate", "save")
+WIDE = (4, 1024, 16)  # the depth, width and heads of the model whose memory is measured
+
+
+def memory(limits, args):
+    """Of LlamaGen-L with 4 layers of its 24 and the 2 of its head, 78M parameters."""
+    print("\n| bytes a parameter, rank 0 (the most of the others) | " + " | ".join(PHASES) + " |")
+    print(f"|---|{'---|' * len(PHASES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--size", "nano", "--warmup", "0", "--cooldown", "0", "--dtype", "fp32",
+                 "--device", "cpu"]
+        train.Shapes.lengths = {"train": 64, "val": 64}
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.train(parse("--model", "tokenizer", *flags, "--steps", "1", "--out",
+                              f"{folder}/first"))
+        flags += ["--optimizer", "adamw", "--batch-size", "4", "--cache-dir", f"{folder}/cache",
+                  "--eval-every", "1", "--unconditional", "--tokenizer", f"{folder}/first/ckpt.pt", "--steps"]
+        for count, sharding in (1, ()), (2, ()), (2, ("--fsdp",)), (4, ()), (4, ("--fsdp",)):
+            out = f"{folder}/{count}{''.join(sharding)}"
+            first = ["--out", out, *sharding, *flags, "2"]
+            for argv in first, ["--resume", f"{out}/ckpt.pt", "--steps", "3"]:
+                print("| " + " ".join([f"{count} x", *sharding, argv[0]]), end="", flush=True)
+                code = f"import benchmark; benchmark.peaks({argv})"
+                subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                f"--nproc_per_node={count}", "--no-python", sys.executable, "-c",
+                                code], cwd=ROOT / "tests", check=True, stderr=subprocess.DEVNULL)
+
+
+def peaks(argv):
+    """Train as one of the processes; rank 0 prints the most anonymous memory in each phase."""
+    train.Shapes.lengths = {"train": 64, "val": 64}
+    train.llamagen.SIZES["nano"] = WIDE
+    highest, phase = dict.fromkeys(PHASES, 0), "start"
+
+    def look():
+        with open("/proc/self/statm") as file:
+            resident, shared = map(int, file.read().split()[1:3])
+        highest[phase] = max(highest[phase], (resident - shared) * 4096)
+
+    def watch():
+        while phase:
+            look()
+            time.sleep(0.002)
+
+    def within(name, owner, attribute):
+        function = getattr(owner, attribute)
+
+        def measured(*args, **kwargs):
+            nonlocal phase
+            phase = name
+            look()
+            value = function(*args, **kwargs)
+            look()
+            phase = "steps"
+            return value
+        setattr(owner, attribute, measured)
+
+    within("start", train, "load_training")
+    within("start", train.GeneratorTraining, "__init__")
+    within("validate", train.GeneratorTraining, "validate")
+    within("save", train, "training_state")
+    within("save", train, "save_checkpoint")
+    thread = threading.Thread(target=watch)
+    look()
+    empty = highest["start"]
+    thread.start()
+    with contextlib.redirect_stdout(io.StringIO()):
+        path = train.train(parse(*argv))
+    phase = None
+    model = train.load_checkpoint(path)["model"]
+    count = sum(weight.numel() for weight in model.values())
+    everyone = [None] * train.dist.get_world_size()
+    train.dist.all_gather_object(everyone, [(highest[p] - empty) / count for p in PHASES])
+    if train.dist.get_rank() == 0:
+        for column in zip(*everyone):
+            others = f" ({max(column[1:]):.1f})" if len(column) > 1 else ""
+            print(f" | {column[0]:.1f}{others}", end="")
+        print(f" | of {count / 1e6:.0f}M", flush=True)
+
+
+SECTIONS = {"machine": machine, "fsq": quantizer, "tokenizer": tokenizer, "training": training,
+            "sampling": sampling, "metrics": metrics, "data": data, "growth": growth,
+            "learning": learning, "memory": memory}
+>>>>>>> h-resume
 
 
 def main():

@@ -1,6 +1,7 @@
 """Stage two of train.py, and sampling: the token cache, both generators, samples that repeat."""
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +47,48 @@ def test_training_learns(tmp_path, tokenizers, model):
     column = train.TASKS[state["kind"]].val_column
     losses = [float(row[column]) for row in rows(tmp_path / "a") if row[column]]
     assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_a_resumed_run_lets_go_of_its_file(tmp_path, tokenizers, monkeypatch):
+    """A large checkpoint is mapped and not read whole, and nothing keeps it after it is loaded."""
+    run(tmp_path / "a", tokenizers / "ifsq", "--optimizer", "adamw", "--repa-layer", "1",
+        "--steps", "1")
+    path = (tmp_path / "a" / "ckpt.pt").rename(tmp_path / "other.pt")
+    mapped = []
+
+    def spy(owner, name):
+        function = getattr(owner, name)
+
+        def spied(*args):
+            mapped.append(str(path) in Path("/proc/self/maps").read_text())
+            return function(*args)
+        monkeypatch.setattr(owner, name, spied)
+
+    spy(train, "load_training")
+    spy(train, "update_ema")
+    main(["--resume", str(path), "--steps", "2", "--out", str(tmp_path / "b")])
+    assert mapped == [True, False]
+
+
+def test_pictures_take_little_of_the_time(tmp_path, tokenizers, monkeypatch):
+    """A DiT's: 5% of the forward passes of a run of nano on one process, and, with the paper's
+    settings, of the steps between two validations on 64."""
+    drawn, settings = [], []
+
+    def sample_pictures(task, model, codec, labels, indices, seed, chosen, processes):
+        drawn.append(len(labels)), settings.append(chosen)
+        return torch.zeros(len(labels), 3, 16, 24, dtype=torch.uint8)
+
+    monkeypatch.setattr(train, "sample_pictures", sample_pictures)
+    run(tmp_path / "a", tokenizers / "ifsq", "--model", "dit", "--steps", "1")
+    assert settings[0]["cfg_scale"] != 1 and drawn[0] % 10 == 0  # two passes each; ten classes
+    nano, paper = (train.SCHEDULES["dit", size] for size in ("nano", "paper"))
+    passes = drawn[0] * settings[0]["sample_steps"] * 2
+    assert passes < 0.05 * 3 * nano["steps"] * nano["batch_size"]  # backward counts twice
+    passes = 12 * drawn[0] // 10 * settings[0]["sample_steps"]  # a dozen classes, no guidance
+    assert train.sampling_settings("dit", "L")["cfg_scale"] == 1
+    assert passes <= 0.05 * 3 * 500 * paper["batch_size"] / 64
 
 
 def test_two_stages_from_nothing(tmp_path, capsys):
