@@ -6,8 +6,8 @@
     python tests/benchmark.py learning           # how soon training gets somewhere: an hour or two
     python tests/benchmark.py learning --cifar DIR  # the same on a folder of CIFAR-10 as well
 
-Sections: machine fsq tokenizer training sampling metrics data scale growth learning. Run nothing
-else meanwhile.
+Sections: machine fsq tokenizer training sampling metrics data scale growth memory learning. Run
+nothing else meanwhile.
 
 Each figure is the best of a few repetitions, after a warm-up. The limit beside it is measured in
 the same run: the rate of one large matrix product of the same dtype, and the speed of copying a
@@ -502,20 +502,6 @@ def cost_of_learning(column, mark, out, *flags):
             return f"{steps} steps, {steps * args.batch_size} images, {seconds:.0f} s"
 
 
-<<<<<<< HEAD
-def processor():
-    """What computes, in words."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-SECTIONS = {"machine": machine, "fsq": quantizer, "tokenizer": tokenizer, "training": training,
-            "sampling": sampling, "metrics": metrics, "data": data, "scale": scale,
-            "growth": growth, "learning": learning}
-=======
 # ---- Memory -------------------------------------------------------------------------------------
 
 PHASES = ("start", "steps", "validate", "save")
@@ -524,8 +510,6 @@ WIDE = (4, 1024, 16)  # the depth, width and heads of the model whose memory is 
 
 def memory(limits, args):
     """Of LlamaGen-L with 4 layers of its 24 and the 2 of its head, 78M parameters."""
-    print("\n| bytes a parameter, rank 0 (the most of the others) | " + " | ".join(PHASES) + " |")
-    print(f"|---|{'---|' * len(PHASES)}")
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--size", "nano", "--warmup", "0", "--cooldown", "0", "--dtype", "fp32",
                  "--device", "cpu"]
@@ -534,20 +518,25 @@ def memory(limits, args):
             train.train(parse("--model", "tokenizer", *flags, "--steps", "1", "--out",
                               f"{folder}/first"))
         flags += ["--optimizer", "adamw", "--batch-size", "4", "--cache-dir", f"{folder}/cache",
-                  "--eval-every", "1", "--unconditional", "--tokenizer", f"{folder}/first/ckpt.pt", "--steps"]
+                  "--eval-every", "1", "--unconditional", "--tokenizer",
+                  f"{folder}/first/ckpt.pt", "--steps"]
         for count, sharding in (1, ()), (2, ()), (2, ("--fsdp",)), (4, ()), (4, ("--fsdp",)):
             out = f"{folder}/{count}{''.join(sharding)}"
             first = ["--out", out, *sharding, *flags, "2"]
             for argv in first, ["--resume", f"{out}/ckpt.pt", "--steps", "3"]:
-                print("| " + " ".join([f"{count} x", *sharding, argv[0]]), end="", flush=True)
                 code = f"import benchmark; benchmark.peaks({argv})"
-                subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                f"--nproc_per_node={count}", "--no-python", sys.executable, "-c",
-                                code], cwd=ROOT / "tests", check=True, stderr=subprocess.DEVNULL)
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           f"--nproc_per_node={count}", "--no-python", sys.executable, "-c", code]
+                shown = subprocess.run(command, cwd=ROOT / "tests", check=True, text=True,
+                                       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+                what = "resume" if argv[0] == "--resume" else "new run"
+                words = [f"{what} in {count} processes", *sharding]
+                row(f"memory of a {' '.join(words)}, bytes a parameter", shown.strip())
 
 
 def peaks(argv):
-    """Train as one of the processes; rank 0 prints the most anonymous memory in each phase."""
+    """Train as one of the processes. Rank 0 prints its most anonymous memory in each phase, and in
+    brackets the most of the other processes."""
     train.Shapes.lengths = {"train": 64, "val": 64}
     train.llamagen.SIZES["nano"] = WIDE
     highest, phase = dict.fromkeys(PHASES, 0), "start"
@@ -573,6 +562,7 @@ def peaks(argv):
             look()
             phase = "steps"
             return value
+
         setattr(owner, attribute, measured)
 
     within("start", train, "load_training")
@@ -592,16 +582,23 @@ def peaks(argv):
     everyone = [None] * train.dist.get_world_size()
     train.dist.all_gather_object(everyone, [(highest[p] - empty) / count for p in PHASES])
     if train.dist.get_rank() == 0:
-        for column in zip(*everyone):
+        for name, column in zip(PHASES, zip(*everyone)):
             others = f" ({max(column[1:]):.1f})" if len(column) > 1 else ""
-            print(f" | {column[0]:.1f}{others}", end="")
-        print(f" | of {count / 1e6:.0f}M", flush=True)
+            print(f"{name} {column[0]:.1f}{others}", end=", " if name != PHASES[-1] else "\n")
+
+
+def processor():
+    """What computes, in words."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 SECTIONS = {"machine": machine, "fsq": quantizer, "tokenizer": tokenizer, "training": training,
-            "sampling": sampling, "metrics": metrics, "data": data, "growth": growth,
-            "learning": learning, "memory": memory}
->>>>>>> h-resume
+            "sampling": sampling, "metrics": metrics, "data": data, "scale": scale,
+            "growth": growth, "memory": memory, "learning": learning}
 
 
 def main():
