@@ -1,12 +1,13 @@
 """How fast is it here, and how near to what this machine can do? Prints a table.
 
-    python tests/benchmark.py                    # everything but learning: a quarter of an hour on
-    python tests/benchmark.py fsq sampling       # two CPU cores; or some sections by name
+    python tests/benchmark.py                    # all but learning and memory: a quarter of an
+    python tests/benchmark.py fsq sampling       # hour on two CPU cores; or some sections by name
+    python tests/benchmark.py memory             # of 1, 2 and 4 processes, which needs Linux, 10 GB
     python tests/benchmark.py data --images DIR  # decoding of one's own images
     python tests/benchmark.py learning           # how soon training gets somewhere: an hour or two
     python tests/benchmark.py learning --cifar DIR  # the same on a folder of CIFAR-10 as well
 
-Sections: machine fsq tokenizer training sampling metrics data scale growth memory learning. Run
+Sections: machine fsq tokenizer training sampling metrics data scale growth learning memory. Run
 nothing else meanwhile.
 
 Each figure is the best of a few repetitions, after a warm-up. The limit beside it is measured in
@@ -14,6 +15,11 @@ the same run: the rate of one large matrix product of the same dtype, and the sp
 tensor that does not fit the caches. MFU is model FLOPs (the formulas in `flops_per_image`, backward
 as two forwards) over time over that matrix rate. A step is one of train.py's: the optimizer is that
 of the size's preset.
+
+`memory` trains LlamaGen on processes of this machine, without and with --fsdp, and then resumes it.
+It prints the most anonymous memory that a process had in each phase, beyond what it had before, in
+bytes a parameter: 4 are the weights, 4 the average, 4 the gradient and 8 AdamW's moments. A mapped
+checkpoint is not anonymous: it can be dropped at any time.
 
 `learning` trains until a mark in MARKS is passed, with AdamW and with Muon, and prints the steps,
 the images and the seconds that it took, validations not counted. The learning rate is constant: how
@@ -504,41 +510,36 @@ def cost_of_learning(column, mark, out, *flags):
 
 # ---- Memory -------------------------------------------------------------------------------------
 
-PHASES = ("start", "steps", "validate", "save")
-WIDE = (4, 1024, 16)  # the depth, width and heads of the model whose memory is measured
+PHASES = {"start": ("GeneratorTraining.__init__", "load_training"), "step": (),
+          "validate": ("GeneratorTraining.validate",),
+          "save": ("training_state", "save_checkpoint")}
 
 
 def memory(limits, args):
     """Of LlamaGen-L with 4 layers of its 24 and the 2 of its head, 78M parameters."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--size", "nano", "--warmup", "0", "--cooldown", "0", "--dtype", "fp32",
-                 "--device", "cpu"]
-        train.Shapes.lengths = {"train": 64, "val": 64}
-        with contextlib.redirect_stdout(io.StringIO()):
-            train.train(parse("--model", "tokenizer", *flags, "--steps", "1", "--out",
-                              f"{folder}/first"))
-        flags += ["--optimizer", "adamw", "--batch-size", "4", "--cache-dir", f"{folder}/cache",
-                  "--eval-every", "1", "--unconditional", "--tokenizer",
-                  f"{folder}/first/ckpt.pt", "--steps"]
-        for count, sharding in (1, ()), (2, ()), (2, ("--fsdp",)), (4, ()), (4, ("--fsdp",)):
-            out = f"{folder}/{count}{''.join(sharding)}"
-            first = ["--out", out, *sharding, *flags, "2"]
-            for argv in first, ["--resume", f"{out}/ckpt.pt", "--steps", "3"]:
-                code = f"import benchmark; benchmark.peaks({argv})"
+    env = {**os.environ, "OMP_NUM_THREADS": "1",
+           "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
+    flags = ["--size", "nano", "--optimizer", "adamw", "--batch-size", "4", "--unconditional",
+             "--eval-every", "1", "--tokenizer-steps", "1", "--device", "cpu", "--dtype", "fp32"]
+    for count, sharding in (1, []), (2, []), (2, ["--fsdp"]), (4, []), (4, ["--fsdp"]):
+        with tempfile.TemporaryDirectory() as out:
+            new = ["--steps", "2", "--out", out, "--cache-dir", f"{out}/cache", *flags, *sharding]
+            resumed = ["--resume", f"{out}/ckpt.pt", "--steps", "3"]
+            for what, argv in {"new": new, "resumed": resumed}.items():
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           f"--nproc_per_node={count}", "--no-python", sys.executable, "-c", code]
-                shown = subprocess.run(command, cwd=ROOT / "tests", check=True, text=True,
+                           f"--nproc_per_node={count}", "--no-python", sys.executable, "-c",
+                           f"import benchmark; benchmark.peaks({argv})"]
+                shown = subprocess.run(command, cwd=ROOT / "tests", env=env, check=True, text=True,
                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
-                what = "resume" if argv[0] == "--resume" else "new run"
-                words = [f"{what} in {count} processes", *sharding]
-                row(f"memory of a {' '.join(words)}, bytes a parameter", shown.strip())
+                words = [f"{what} run in {count} process{'es' * (count > 1)}", *sharding]
+                row(f"memory, bytes a parameter: {' '.join(words)}", shown.strip())
 
 
 def peaks(argv):
     """Train as one of the processes. Rank 0 prints its most anonymous memory in each phase, and in
-    brackets the most of the other processes."""
+    brackets the most of the others."""
     train.Shapes.lengths = {"train": 64, "val": 64}
-    train.llamagen.SIZES["nano"] = WIDE
+    train.llamagen.SIZES["nano"] = (4, 1024, 16)  # depth, width, heads
     highest, phase = dict.fromkeys(PHASES, 0), "start"
 
     def look():
@@ -547,44 +548,40 @@ def peaks(argv):
         highest[phase] = max(highest[phase], (resident - shared) * 4096)
 
     def watch():
-        while phase:
+        while True:
             look()
             time.sleep(0.002)
 
-    def within(name, owner, attribute):
+    def follow(name, owner, attribute):
         function = getattr(owner, attribute)
 
-        def measured(*args, **kwargs):
+        def followed(*args, **kwargs):
             nonlocal phase
             phase = name
             look()
             value = function(*args, **kwargs)
             look()
-            phase = "steps"
+            phase = "step"
             return value
 
-        setattr(owner, attribute, measured)
+        setattr(owner, attribute, followed)
 
-    within("start", train, "load_training")
-    within("start", train.GeneratorTraining, "__init__")
-    within("validate", train.GeneratorTraining, "validate")
-    within("save", train, "training_state")
-    within("save", train, "save_checkpoint")
-    thread = threading.Thread(target=watch)
+    for name, functions in PHASES.items():
+        for function in functions:
+            *owner, attribute = function.split(".")
+            follow(name, getattr(train, owner[0]) if owner else train, attribute)
     look()
-    empty = highest["start"]
-    thread.start()
+    before = highest["start"]
+    threading.Thread(target=watch, daemon=True).start()
     with contextlib.redirect_stdout(io.StringIO()):
-        path = train.train(parse(*argv))
-    phase = None
-    model = train.load_checkpoint(path)["model"]
+        model = train.load_checkpoint(train.train(parse(*argv)))["model"]
     count = sum(weight.numel() for weight in model.values())
     everyone = [None] * train.dist.get_world_size()
-    train.dist.all_gather_object(everyone, [(highest[p] - empty) / count for p in PHASES])
+    train.dist.all_gather_object(everyone, [(highest[p] - before) / count for p in PHASES])
     if train.dist.get_rank() == 0:
-        for name, column in zip(PHASES, zip(*everyone)):
-            others = f" ({max(column[1:]):.1f})" if len(column) > 1 else ""
-            print(f"{name} {column[0]:.1f}{others}", end=", " if name != PHASES[-1] else "\n")
+        cells = [f"{name} {first:.1f}" + (f" ({max(others):.1f})" if others else "")
+                 for name, (first, *others) in zip(PHASES, zip(*everyone))]
+        print(", ".join(cells), flush=True)
 
 
 def processor():
@@ -605,7 +602,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION",
-                        help=f"{' '.join(SECTIONS)} (default: all but learning)")
+                        help=f"{' '.join(SECTIONS)} (default: all but learning and memory)")
     parser.add_argument("--images", metavar="DIR",
                         help="folder of images for `data` (default: drawings of 500 x 375 px)")
     parser.add_argument("--cifar", metavar="DIR",
@@ -622,7 +619,8 @@ def main():
     print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n")
     print("| what | measured | limit | |\n|---|---|---|---|")
     limits = Machine()
-    for name in args.sections or [name for name in SECTIONS if name != "learning"]:
+    usual = [name for name in SECTIONS if name not in ("learning", "memory")]
+    for name in args.sections or usual:
         SECTIONS[name](limits, args)
     if args.json:
         report = {"torch": torch.__version__, "device": processor(), "rows": MEASURED,
