@@ -355,10 +355,8 @@ class Folder(Dataset):
         return np.concatenate([(np.arange(n) % 10 == 0) & (n > 1) for n in counts])
 
     def split(self, name, skip_bad=False):
-        """The Folder of its "train", "val" or "all" images; UsageError if there are none.
-
-        skip_bad: without those that cannot be read. `about` says in words what was found.
-        """
+        """The Folder of its "train", "val" or "all" images, without the unreadable ones if
+        skip_bad. `about` says in words what was found. Raises UsageError if there are none."""
         part = copy.copy(self)
         part.keep({"train": ~self.held_out, "val": self.held_out, "all": ...}[name])
         rule = self.rule or ("all images" if name == "all" else
@@ -530,10 +528,8 @@ class RandomCrops(Dataset):
 
 
 def open_sources(data, splits, image_size, skip_bad, processes=None):
-    """--data -> a source of (PIL image, class) for each split; a folder is listed once for all.
-
-    processes: those that all need them. Rank 0 looks for them, and a machine keeps one list.
-    """
+    """--data -> a source of (PIL image, class) for each split. A folder is listed once: for all
+    splits, by rank 0 for all `processes`, in memory that those of a machine share."""
     if processes and processes.world > 1:
         sources = processes.agree_on(lambda: open_sources(data, splits, image_size, skip_bad))
         for source in sources if data not in BUILT_IN else ():
@@ -1026,7 +1022,8 @@ def cached_tokens(args, processes, checkpoint, codec, images, split, views):
             if processes.rank == 0:
                 with contextlib.suppress(FileNotFoundError):
                     save_array(path, shape, dtype, map(np.load, parts))
-                shutil.rmtree(folder, ignore_errors=True)
+                if path.exists():
+                    shutil.rmtree(folder, ignore_errors=True)
             processes.barrier()
         except OSError as error:
             megabytes = 2 * math.prod(shape) * dtype.itemsize / 1e6  # the parts and the whole
