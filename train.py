@@ -206,7 +206,8 @@ def is_image(name):
 
 def subfolders(folder):
     """The visible folders in a folder, sorted by name."""
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
+    return sorted(Path(p) for p in os.scandir(folder) if not is_hidden(p.name)
+                  and (os.path.isdir(p) if p.is_symlink() else p.is_dir()))
 
 
 def walk_images(folder, left_out=None, top=None):
@@ -1012,10 +1013,11 @@ def cached_tokens(args, processes, checkpoint, codec, images, split, views):
     if processes.largest(array is None):  # if one process does not have it, all make it
         folder, step = path.with_suffix(".parts"), max(1, 128 // views)
         step *= max(1, len(images) // (step * 4096))  # some thousands of files at most
-        parts = {folder / f"{first}.npy": range(len(images))[first:first + step]
-                 for first in range(0, len(images), step)}
+        parts = {folder / f"{i}.npy": range(len(images))[i:i + step]
+                 for i in range(0, len(images), step)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            processes.require_shared(args.cache_dir)
             with contextlib.suppress(FileNotFoundError):  # another run was quicker, and tidied up
                 write_tokens(parts, args, processes, tokenizer, images, split, shape, dtype, size)
             processes.barrier()
