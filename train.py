@@ -1017,7 +1017,6 @@ def cached_tokens(args, processes, checkpoint, codec, images, split, views):
                  for i in range(0, len(images), step)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            processes.require_shared(args.cache_dir)
             with contextlib.suppress(FileNotFoundError):  # another run was quicker, and tidied up
                 write_tokens(parts, args, processes, tokenizer, images, split, shape, dtype, size)
             processes.barrier()
