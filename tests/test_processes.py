@@ -242,8 +242,10 @@ def test_two_processes_share_stage_one_cache_and_teacher(outs):
 
 
 def test_processes_draw_the_same_samples(outs):
-    one, two = (np.load(next((outs[name] / "samples").glob("*.npz"))) for name in ("one", "two"))
-    assert np.array_equal(one["arr_0"], two["arr_0"]) and len(one["arr_0"]) == 11
+    one, two = (np.load(next((outs[name] / "samples").glob("*.npz")))["arr_0"].astype(int)
+                for name in ("one", "two"))
+    # Other batches and numbers of threads may round a pixel to its neighbour.
+    assert len(one) == 11 and np.abs(one - two).max() <= 1 and (one != two).mean() < 1e-3
 
 
 LISTING = """import os, sys
