@@ -43,7 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.linalg
-import scipy.stats
+import scipy.special
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -1169,7 +1169,7 @@ class Pictures:
 def draw_classes(path, samples, labels, classes, columns=10, limit=12):
     """PNG: a row of samples for each of at most `limit` classes, with its name on the left.
 
-    Samples below 64 px are enlarged by a whole number, up to 3 times.
+    Small samples are enlarged by a whole number: up to 3 times, and not beyond 96 px.
     """
     zoom = min(3, max(1, 96 // max(samples.shape[1:3])))
     h, w = (zoom * side for side in samples.shape[1:3])
@@ -1227,14 +1227,14 @@ def draw_curves(path, panels, xlabel, size=(340, 230)):
     sheet.resize((sheet.width // zoom, sheet.height // zoom), Image.Resampling.LANCZOS).save(path)
 
 
-def interval(values, level=0.95):
-    """(low, high): the interval of the mean of three measurements or more, by Student's t; of
+def interval(values):
+    """(low, high): the 95% interval of the mean of three measurements or more, by Student's t; of
     fewer, their mean twice."""
     middle = float(np.mean(values))
     if len(values) < 3:
         return middle, middle
     error = np.std(values, ddof=1) / math.sqrt(len(values))
-    width = float(scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * error)
+    width = float(scipy.special.stdtrit(len(values) - 1, 0.975) * error)
     return middle - width, middle + width
 
 

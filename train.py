@@ -531,9 +531,12 @@ class RandomCrops(Dataset):
 def open_sources(data, splits, image_size, skip_bad, processes=None):
     """--data -> a source of (PIL image, class) for each split. A folder is listed once: for all
     splits, by rank 0 for all `processes`, in memory that those of a machine share."""
+    if processes and processes.world > 1 and data in BUILT_IN:
+        with processes.in_turn():  # the first process downloads, the others find it there
+            return open_sources(data, splits, image_size, skip_bad)
     if processes and processes.world > 1:
         sources = processes.agree_on(lambda: open_sources(data, splits, image_size, skip_bad))
-        for source in sources if data not in BUILT_IN else ():
+        for source in sources:
             source.paths.names = processes.share(source.paths.names)
         return sources
     if data == "shapes":
@@ -1262,8 +1265,8 @@ class GeneratorTraining:
         return network
 
     def draw(self, network):
-        """What is trained, with new weights: the model, with REPA in one module with a projector,
-        so that DDP averages all gradients."""
+        """The module that is trained, with the weights of the seed: the model, or with REPA the
+        model and its projector in one, so that DDP averages all gradients."""
         torch.manual_seed(seed_of(self.args.seed, -1))
         model = MODELS[self.args.model](**network, grad_checkpoint=self.args.grad_checkpoint)
         if not self.teacher:
@@ -1324,8 +1327,8 @@ class GeneratorTraining:
         ema = self.whole_ema()
         if self.processes.rank == 0:
             settings, columns = sampling_settings(self.args.model, self.args.size), 6
-            if "sample_steps" in settings:  # 48 pictures: 5% of 500 steps' passes on 64 GPUs
-                settings["sample_steps"], columns = 25, 4  # enough to see where training stands
+            if "sample_steps" in settings:  # a DiT's pictures cost more: fewer, in fewer steps
+                settings["sample_steps"], columns = 25, 4
             if self.args.class_dropout == 0:
                 settings["cfg_scale"] = 1.0  # the row of "no class" was never trained
             classes = min(len(self.header["classes"]), 12)
@@ -1752,7 +1755,8 @@ class Processes(NamedTuple):
         return values[0]
 
     def agree_on(self, function):
-        """What function() returns on rank 0. If it raises an error there, it does so on all."""
+        """What function() returns on rank 0. If it raises an error there, every process calls it,
+        to raise its own."""
         value = None
         if self.world > 1 and self.rank == 0:
             with contextlib.suppress(UsageError, OSError):
@@ -2341,7 +2345,7 @@ def load_optimizer(optimizer, state):
             raise UsageError(f"the optimizer's {', '.join(wrong)} does not fit parameter {number}")
         for name in names:
             part = part_of(moments[name], parameter)
-            moments[name] = part.to(parameter.device, copy=True)  # on a CPU, too
+            moments[name] = part.to(parameter.device, copy=True)  # so that the file can go
         if count:
             moments[count] = copy.deepcopy(moments[count])
     own = optimizer.state_dict()["param_groups"]

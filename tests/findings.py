@@ -4,15 +4,16 @@
     python tests/findings.py --draw             # pictures, tables and claims from the reports
     python tests/findings.py alpha --data shapes               # without a download
 
-Questions: bottlenecks bits alpha edges optimizer models repa repa-layer repa-weight. All at 16 px,
-4x down: 16 tokens an image, models of size nano, three seeds. What has its report in
-assets/findings is not run again, an interrupted run goes on from its last checkpoint, and several
-of these commands may work at the same time. Every step is a command of train.py or evaluate.py,
+Questions: bottlenecks bits alpha edges models repa repa-layer repa-weight. All at 16 px, 4x down:
+16 tokens an image, models of size nano, three seeds. What has its report in assets/findings is not
+run again, an interrupted run goes on from its last checkpoint, and several of these commands may
+work at the same time. Every step is a command of train.py or evaluate.py,
 and its flags are in the report. Reports lie in a folder named after the data's content.
 
 A claim (see CLAIMS) is a difference between two kinds of runs, paired by seed, with its 95%
-interval by Student's t. It is decided if the interval leaves out 0, and if every tokenizer under
-it is at least 1.5 dB above the PCA floor. The page's list of claims is written from the reports.
+interval by Student's t. It is decided if the interval leaves out 0, or lies within a bound for what
+is called alike, and if every tokenizer under it is at least MARGIN above the PCA floor. The page's
+list of claims is written from the reports.
 
 Distances in the features of a pretrained network come from tests/semantic.py, which says what to
 install; without that they are left out.
@@ -116,9 +117,9 @@ def with_fixed_scale():
 
 # ---- The questions: {question: {curve: {x: run}}}, each run for three seeds ---------------------
 
-def runs(model, variants, **settings):
-    """{x: flags} -> {x: Run}."""
-    return {x: Run(model, tuple(flags), **settings) for x, flags in variants.items()}
+def runs(variants):
+    """{x: flags} -> {x: Run}, of tokenizers."""
+    return {x: Run("tokenizer", tuple(flags)) for x, flags in variants.items()}
 
 
 def levels(counts, *more, channels=4):
@@ -147,8 +148,8 @@ def generator(model, flags):
 
 
 def with_weight(model, weight):
-    """Flags of a generator aligned at layer 4; train.py's weight has no flag."""
-    if weight == {"llamagen": 2, "dit": 0.5}[model]:
+    """Flags of a generator aligned at layer 4; the preset's weight has no flag."""
+    if weight == train.SCHEDULES[model, "nano"]["repa_weight"]:
         return aligned()
     return aligned(4, weight) if weight else ()
 
@@ -158,7 +159,6 @@ LEVELS = (3, 5, 9, 17, 65)
 MODELS = {"llamagen": "LlamaGen", "dit": "DiT"}
 LAYERS, WEIGHTS = (0, 2, 4, 8), (0, 0.5, 2)  # 0: not aligned
 EQUAL = ("--edges", "full")
-EIGHT = ("--levels", *[5] * 8)
 BOTTLENECKS = {
     "ae": ("--quantizer", "ae"),
     "vae": ("--quantizer", "vae"),
@@ -168,20 +168,18 @@ BOTTLENECKS = {
     "ifsq, equal bins": EQUAL,
 }
 QUESTIONS = {
-    "bottlenecks": {"tokenizer": runs("tokenizer", BOTTLENECKS)},
+    "bottlenecks": {"tokenizer": runs(BOTTLENECKS)},
     "bits": {
-        "4 channels": runs("tokenizer", levels(LEVELS)),
-        "8 channels": runs("tokenizer", levels((5,), channels=8)),
+        "4 channels": runs(levels(LEVELS)),
+        "8 channels": runs(levels((5,), channels=8)),
     },
     "alpha": {
-        "scale chosen by the encoder":
-            runs("tokenizer", slopes(1.0, 1.6, 2.0, 2.4)),
-        "scale fixed to 1":
-            runs("tokenizer", slopes(1.0, 1.6, 2.0, more=[FIXED_SCALE])),
+        "scale chosen by the encoder": runs(slopes(1.0, 1.6, 2.0, 2.4)),
+        "scale fixed to 1": runs(slopes(1.0, 1.6, 2.0, more=[FIXED_SCALE])),
     },
     "edges": {
-        "half bins at the ends": runs("tokenizer", levels((5, 17))),
-        "equal bins": runs("tokenizer", levels((5, 17), *EQUAL)),
+        "half bins at the ends": runs(levels((5, 17))),
+        "equal bins": runs(levels((5, 17), *EQUAL)),
     },
     "models": {name: {0: generator(model, ())} for model, name in MODELS.items()},
     "repa": {f"{name}{more}": {0: generator(model, flags)} for model, name in MODELS.items()
@@ -231,7 +229,9 @@ def spread_of_latents(report):
 
 
 def spread_times_alpha(report):
-    return spread_of_latents(report) * (report["training"]["alpha"] or 1.6)
+    training = report["training"]
+    return spread_of_latents(report) * (training["alpha"]
+                                        or tokenizers.SLOPES[training["quantizer"]])
 
 
 def ks(report):
@@ -253,7 +253,6 @@ def teraflops(report):
 
 
 BITS, ERROR = "LlamaGen: bits a token", "DiT: squared error"
-COLUMNS = {"llamagen": "val_bits_per_token", "dit": "val_loss"}
 METRICS = {  # title: (a function of a report, digits)
     "PSNR, dB": (result("psnr"), 2),
     "dB above the PCA": (above_floor, 2),
@@ -293,9 +292,13 @@ ALONG = {"repa": steps_done, "models": teraflops}  # where x is read off each re
 # ---- Claims -------------------------------------------------------------------------------------
 
 class Claim(NamedTuple):
-    """A sentence that says how a metric of runs `a` compares with that of runs `b`."""
+    """A sentence that says how a metric of runs `a` compares with that of runs `b`.
+
+    verdict: "higher" or "lower" if the interval of a - b lies on one side of 0; "close" if it lies
+    in [-within, within]; else, or if a tokenizer is too near to the floor, "undecided".
+    """
     question: str
-    verdict: str      # what the sentence says of a against b: see VERDICTS
+    verdict: str
     metric: str
     a: Run
     b: Run
@@ -303,11 +306,6 @@ class Claim(NamedTuple):
     step: int = None        # at which generators are compared
     within: float = 0.0     # the most that a "close" claim allows
     headline: bool = False  # whether the README has it too
-
-
-VERDICTS = ("higher", "lower",  # the interval lies on one side of 0
-            "close",            # it lies in [-within, within]
-            "undecided")        # neither, or a tokenizer is too near to the floor
 
 
 def tokenizer(*flags):
@@ -324,12 +322,12 @@ class Compared(NamedTuple):
 
 
 def compare(shop, claim):
-    """The claim by the reports of one data set, or None if these are of fewer than three seeds."""
+    """The claim by the reports of one data set, or None if these are not of all seeds."""
     step = claim.step or claim.a.all_steps()[-1]
     pairs = [[shop.report(run._replace(seed=seed), step) for run in (claim.a, claim.b)]
              for seed in SEEDS]
     pairs = [pair for pair in pairs if all(pair)]
-    if len(pairs) < 3:
+    if len(pairs) < len(SEEDS):
         return None
     read = METRICS[claim.metric][0]
     differences = [read(a) - read(b) for a, b in pairs]
@@ -356,12 +354,9 @@ def lines_of_claims(question=None):
             digits = METRICS[claim.metric][1]
             numbers = [f"{c.difference:+.{digits}f} ({c.low:+.{digits}f} to {c.high:+.{digits}f})"
                        for c in comparisons(claim)]
-            lines.append(f"- {claim.sentence} *{claim.metric}: {', '.join(numbers)}.*")
+            bound = f"; alike means within {claim.within:g}" if claim.within else ""
+            lines.append(f"- {claim.sentence} *{claim.metric}: {', '.join(numbers)}{bound}.*")
     return lines
-
-
-def of_levels(n, *more):
-    return tokenizer("--levels", *[n] * 4, *more)
 
 
 IFSQ, FSQ = tokenizer(), tokenizer("--alpha", 2.0)
@@ -383,10 +378,10 @@ CLAIMS = [
     Claim("alpha", "undecided", PSNR, tokenizer("--alpha", 2.4), IFSQ,
           "So it is for a slope of 2.4."),
     Claim("alpha", "close", SCALE, FSQ, IFSQ,
-          "The encoder undoes the slope: the latents' spread times the slope stays what it was.",
+          "The encoder undoes the step from 1.6 to 2.0: spread of the latents times slope is alike.",
           within=0.05, headline=True),
     Claim("edges", "close", PSNR, tokenizer(*EQUAL), IFSQ,
-          "With 17 levels, bins of equal width leave the reconstruction as it was.", within=0.2),
+          "With 17 levels, bins of equal width reconstruct like the usual ones.", within=0.2),
     Claim("edges", "higher", OF_CHANNELS, tokenizer(*EQUAL), IFSQ,
           "With 17 levels, bins of equal width use the values of a channel a little more evenly.",
           headline=True),
@@ -427,7 +422,8 @@ def content(data):
         images = train.open_images(data, split, [SIZE, SIZE])
         digest.update(str(len(images)).encode())
         for i in train.spread(images, 100).tolist():
-            digest.update(images[i][0].numpy().tobytes() + images.classes[images.labels[i]].encode())
+            digest.update(images[i][0].numpy().tobytes())
+            digest.update(images.classes[images.labels[i]].encode())
     return digest.hexdigest()[:8]
 
 
@@ -541,9 +537,8 @@ class Workshop(Reports):
             for channel in results["codes"]["channels"]:
                 del channel["histogram"]
         if run.model != "tokenizer":
-            base = run.base()
-            tokenizer = self.report(base, BASE)["results"]
-            results["tokenizer"] = {name: tokenizer[name] for name in ("psnr", "floor")}
+            base = self.report(run.base(), BASE)["results"]
+            results["tokenizer"] = {key: base[key] for key in ("psnr", "floor")}
         results["semantic"] = self.semantic(run, out / f"{name}.npz")
         training = {key: value for key, value in found["training"].items() if key not in LOCAL}
         if FIXED_SCALE in run.flags:
