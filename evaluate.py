@@ -54,9 +54,9 @@ from tqdm import tqdm
 import repa
 from tokenizer import Tokenizer, load_lpips, psnr, published
 from train import (BUILT_IN, CACHE, COUNT, MODELS, TASKS, WEIGHT, WHOLE, Parser, UsageError,
-                   building, cached_tokens, draw_reconstructions, find_images, guarded,
-                   load_checkpoint, load_codec, load_teacher, load_weights, measure_tokenizer,
-                   number, open_images, plain_args, read_file, read_image,
+                   building, cached_tokens, check_compiler, compile_networks, draw_reconstructions,
+                   find_images, guarded, load_checkpoint, load_codec, load_teacher, load_weights,
+                   measure_tokenizer, number, open_images, plain_args, read_file, read_image,
                    read_teacher, readable, sample_pictures, sampling_settings, seed_of, slope,
                    spread, start_processes, to_float, validate_generator)
 
@@ -80,6 +80,7 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
         model = Tokenizer(**checkpoint["network"])
     load_weights(model, checkpoint, args.weights, str(path))
     model = model.to(processes.device, memory_format=torch.channels_last).eval()
+    compile_networks(args, model.encoder, model.decoder)
     if min(size) < 7:
         raise UsageError(f"{path}: SSIM's window needs images of 7 px, these have {size}")
     data, split, images = open_evaluation(checkpoint, args, processes)
@@ -240,6 +241,9 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
     settings = choose_settings(args, checkpoint, kinds, processes)
     codec = load_codec(checkpoint["tokenizer"], size, processes.device)
     model = build_generator(path, checkpoint, args.weights).to(processes.device).eval()
+    compile_networks(args, codec.tokenizer.decoder)
+    if checkpoint["kind"] == "dit":  # LlamaGen's keys grow with every token: nothing is gained
+        compile_networks(args, model)
     results = {}
     validation, about_validation = try_validation(path, checkpoint, codec, args, processes)
     if validation:
@@ -1499,6 +1503,8 @@ def parse_args(argv=None):
     add = parser.add_group("machine and files")
     add("--dtype", "arithmetic of the networks", choices=["auto", "bf16", "fp16", "fp32"],
         default="fp32")
+    add("--compile", "torch.compile the tokenizer and DiT: worth its minute for many samples",
+        action="store_true")
     add("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--pretrained", "folder of pretrained weights: where they are looked for, and downloaded "
         "to", type=Path, default=CACHE, metavar="DIR")
@@ -1520,6 +1526,7 @@ def parse_args(argv=None):
                          "choose another name")
     beside = Path("out") if sets else Path(args.checkpoints[0]).parent
     args.out = args.out or beside / "eval"
+    check_compiler(args)
     return args
 
 

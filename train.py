@@ -704,8 +704,9 @@ class TokenizerTraining:
             with processes.in_turn(), building("--perceptual-weight needs LPIPS"):
                 self.lpips = load_lpips("vgg", args.pretrained).to(device)
 
-        # What is called in training: compiled, with gradients averaged over the processes.
-        self.network = processes.wrap(maybe_compile(args, self.model))
+        # What is called in training: its gradients are averaged over the processes.
+        compile_networks(args, self.model)
+        self.network = processes.wrap(self.model)
         self.critic_network = self.critic
         if self.critic:
             self.critic_network = processes.wrap(self.critic, broadcast_buffers=False)
@@ -1261,7 +1262,8 @@ class GeneratorTraining:
         if self.teacher:
             self.modules["projector"] = whole.projector
         self.optimizers = {"optimizer": (whole, make_optimizer(args, whole))}
-        self.network = processes.wrap(maybe_compile(args, whole))
+        compile_networks(args, whole)
+        self.network = processes.wrap(whole)
         return network
 
     def draw(self, network):
@@ -1863,12 +1865,20 @@ def is_sharded(module):
     return hasattr(module, "set_requires_gradient_sync")
 
 
-def maybe_compile(args, network):
-    if not args.compile:
-        return network
-    # The adaptive weight of the discriminator goes through the graph twice.
-    torch._functorch.config.donated_buffer = False
-    return torch.compile(network)
+def compile_networks(args, *networks):
+    """What --compile asks for: torch.compile each network, in place, when it is first called."""
+    for network in networks if args.compile else ():
+        # The adaptive weight of the discriminator goes through the graph twice.
+        torch._functorch.config.donated_buffer = False
+        network.compile()
+
+
+def check_compiler(args):
+    """Raise UsageError if --compile has no compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if args.compile and not shutil.which(compiler):
+        raise UsageError(f"--compile needs a C++ compiler, and there is no {compiler}: install "
+                         "one, or leave --compile out")
 
 
 def seed_of(*key):
@@ -2770,10 +2780,7 @@ def refuse_changes(args, before, purpose, free=(), tunable=()):
 
 def check_args(args):
     """Raise UsageError for flags that do not fit together, before anything is read or written."""
-    compiler = os.environ.get("CXX", "g++")
-    if args.compile and not shutil.which(compiler):
-        raise UsageError(f"--compile needs a C++ compiler, and there is no {compiler}: install "
-                         "one, or leave --compile out")
+    check_compiler(args)
     f, longest = args.downsample, 2 ** (len(args.multipliers) - 1)
     if f & (f - 1) or f > longest:
         raise UsageError(f"--downsample must be a power of 2 up to {longest}, not {f}")

@@ -408,9 +408,9 @@ def test_a_compiled_graph_serves_the_adaptive_weight(monkeypatch):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.SiLU(),
                                   torch.nn.Conv2d(4, 3, 3, padding=1))
-    compiled = train.maybe_compile(train.argparse.Namespace(compile=True), network)
+    train.compile_networks(train.argparse.Namespace(compile=True), network)
     x = torch.randn(1, 3, 24, 24)
-    output = compiled(x)
+    output = network(x)
     critic = train.PatchDiscriminator(ndf=8, n_layers=2)
     base_loss = (output - x).abs().mean()
     loss = train.adversarial_loss(output, base_loss, critic, network[2].weight)[0]

@@ -326,6 +326,33 @@ def test_chosen_samples_are_those_of_their_place(checkpoints, tmp_path):
     assert np.abs(drawn["five"][0] - drawn["five"][1]).max() > 1
 
 
+def test_compiled_networks_report_the_same(small, checkpoints, tmp_path, monkeypatch):
+    """--compile takes DiT, and a tokenizer's two halves. (The eager backend needs no compiler.)"""
+    compiled = []
+
+    def stand_in(call, compile=torch.compile):
+        compiled.append(type(call.__self__).__name__)
+        return compile(call, backend="eager")
+
+    dit = tmp_path / "dit" / "ckpt.pt"
+    run(dit.parent, checkpoints / "ifsq", "--model", "dit", "--steps", "1", "--data",
+        str(checkpoints / "data"))
+    monkeypatch.setattr(torch, "compile", stand_in)
+    monkeypatch.setenv("CXX", sys.executable)
+    for path, networks in ((dit, ["Decoder", "DiT"]),
+                           (checkpoints / "ifsq" / "ckpt.pt", ["Encoder", "Decoder"])):
+        flags = [path, "--num-samples", 3, "--save-npz"]
+        (plain, report), = evaluated(tmp_path / networks[0], *flags).items()
+        (_, same), = evaluated(tmp_path / networks[0] / "compiled", *flags, "--compile").items()
+        assert compiled == networks
+        compiled.clear()
+        name = "val_loss" if path == dit else "psnr"
+        assert same["results"][name] == pytest.approx(report["results"][name], rel=1e-4)
+        a, b = (np.load(folder / f"{plain}.npz")["arr_0"].astype(int)
+                for folder in (tmp_path / networks[0], tmp_path / networks[0] / "compiled"))
+        assert (np.abs(a - b) <= 1).mean() > 0.99
+
+
 # ---- Mistakes ----
 
 @pytest.mark.parametrize("argv, words", [
