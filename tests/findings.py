@@ -4,8 +4,8 @@
     python tests/findings.py --draw             # pictures, tables and claims from the reports
     python tests/findings.py alpha --data shapes               # without a download
 
-Questions: bottlenecks bits alpha edges models repa repa-layer repa-weight. All at 16 px, 4x down:
-16 tokens an image, models of size nano, three seeds. What has its report in assets/findings is not
+Questions: bottlenecks bits alpha edges models repa repa-layer repa-weight optimizer. All at 16 px,
+4x down: 16 tokens an image, models of size nano, three seeds. What has its report in assets/findings is not
 run again, an interrupted run goes on from its last checkpoint, and several of these commands may
 work at the same time. Every step is a command of train.py or evaluate.py,
 and its flags are in the report. Reports lie in a folder named after the data's content.
@@ -143,7 +143,7 @@ def aligned(layer=4, weight=None):
 
 def generator(model, flags):
     """The Run of a generator: what is aligned in an unusual way is followed for fewer steps."""
-    usual = {(): None, aligned(): (200, 400)}
+    usual = {(): None, aligned(): (EARLY, LATE), ADAMW: (LATE,), (*aligned(), *ADAMW): (LATE,)}
     return Run(model, tuple(flags), steps=usual.get(tuple(flags), (EARLY,)))
 
 
@@ -154,7 +154,9 @@ def with_weight(model, weight):
     return aligned(4, weight) if weight else ()
 
 
-EARLY = 200      # the step at which layers and weights of alignment are compared
+# The steps at which generators are compared: layers and weights of alignment early, all else late.
+EARLY, LATE = 200, 400
+ADAMW = ("--optimizer", "adamw")
 LEVELS = (3, 5, 9, 17, 65)
 MODELS = {"llamagen": "LlamaGen", "dit": "DiT"}
 LAYERS, WEIGHTS = (0, 2, 4, 8), (0, 0.5, 2)  # 0: not aligned
@@ -188,6 +190,10 @@ QUESTIONS = {
                    for model, name in MODELS.items()},
     "repa-weight": {name: {w: generator(model, with_weight(model, w)) for w in WEIGHTS}
                     for model, name in MODELS.items()},
+    "optimizer": {f"{name}{more}": {"Muon": generator(model, flags),
+                                    "AdamW": generator(model, (*flags, *ADAMW))}
+                  for model, name in MODELS.items()
+                  for more, flags in (("", ()), (", aligned", aligned()))},
 }
 
 
@@ -285,6 +291,7 @@ PICTURES = {  # question: (label of the x axis, metrics)
     "repa": ("step", [BITS, ERROR, *DRAWN]),
     "repa-layer": ("aligned layer (0: none)", [BITS, ERROR, *DRAWN]),
     "repa-weight": ("weight (0: none)", [BITS, ERROR, *DRAWN]),
+    "optimizer": ("", [BITS, ERROR, *DRAWN]),
 }
 ALONG = {"repa": steps_done, "models": teraflops}  # where x is read off each report
 
@@ -386,21 +393,21 @@ CLAIMS = [
           "With 17 levels, bins of equal width use the values of a channel a little more evenly.",
           headline=True),
     Claim("repa", "lower", BITS, ALIGNED_LLAMAGEN, LLAMAGEN,
-          "Alignment lowers LlamaGen's validation loss.", 400, headline=True),
+          "Alignment lowers LlamaGen's validation loss.", LATE, headline=True),
     Claim("repa", "higher", SHARE, ALIGNED_LLAMAGEN, LLAMAGEN,
-          "More of an aligned LlamaGen's samples show their class.", 400, headline=True),
+          "More of an aligned LlamaGen's samples show their class.", LATE, headline=True),
     Claim("repa", "undecided", TO_REBUILT, ALIGNED_LLAMAGEN, LLAMAGEN,
-          "Whether they come nearer to the reconstructions is undecided.", 400),
+          "Whether they come nearer to the reconstructions is undecided.", LATE),
     Claim("repa", "lower", ERROR, ALIGNED_DIT, DIT,
-          "Alignment lowers DiT's validation loss.", 400, headline=True),
+          "Alignment lowers DiT's validation loss.", LATE, headline=True),
     Claim("repa", "higher", SHARE, ALIGNED_DIT, DIT,
-          "More of an aligned DiT's samples show their class.", 400, headline=True),
+          "More of an aligned DiT's samples show their class.", LATE, headline=True),
     Claim("repa", "undecided", TO_REBUILT, ALIGNED_DIT, DIT,
-          "Whether these come nearer to the reconstructions is undecided.", 400),
+          "Whether these come nearer to the reconstructions is undecided.", LATE),
     Claim("models", "undecided", SHARE, LLAMAGEN, DIT,
-          "Whether LlamaGen or DiT is ahead after equal data is undecided.", 400, headline=True),
+          "Whether LlamaGen or DiT is ahead after equal data is undecided.", LATE, headline=True),
     Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
-          "Whose samples are nearer to the reconstructions is undecided.", 400),
+          "Whose samples are nearer to the reconstructions is undecided.", LATE),
 ]
 
 
@@ -589,7 +596,8 @@ def values_of(shop, question, metric):
         for x, run in points.items():
             steps = run.all_steps()
             if question not in ALONG:
-                steps = [EARLY] if run.model != "tokenizer" else steps[-1:]
+                step = LATE if question == "optimizer" else EARLY
+                steps = [step] if run.model != "tokenizer" else steps[-1:]
             for step in steps:
                 reports = [shop.report(run._replace(seed=seed), step) for seed in SEEDS]
                 with contextlib.suppress(KeyError, TypeError):  # no report, or without this metric
