@@ -370,16 +370,35 @@ IFSQ, FSQ = tokenizer(), tokenizer("--alpha", 2.0)
 LLAMAGEN, DIT = (generator(model, ()) for model in MODELS)
 ALIGNED_LLAMAGEN, ALIGNED_DIT = (generator(model, aligned()) for model in MODELS)
 PSNR, SHARE, ENTROPY = "PSNR, dB", "class share", "entropy / log2 of the codes"
+RFD = "rFD, pretrained features"
 OF_CHANNELS, SCALE = "entropy of a channel / log2 L", "std of the latents times alpha"
 TO_REBUILT = "KD to reconstructions"
+AE, EIGHT_OF_5 = tokenizer("--quantizer", "ae"), tokenizer("--levels", *[5] * 8)
+THREE, FIVE, NINE, SIXTY_FIVE = (tokenizer("--levels", *[n] * 4) for n in (3, 5, 9, 65))
 CLAIMS = [
     Claim("bottlenecks", "close", PSNR, IFSQ, FSQ,
           "ifsq and fsq reconstruct alike.", within=0.15, headline=True),
     Claim("bottlenecks", "undecided", ENTROPY, IFSQ, FSQ,
           "Which of the two uses its codes more evenly is undecided."),
-    Claim("bottlenecks", "lower", PSNR, IFSQ, tokenizer("--quantizer", "ae"),
+    Claim("bottlenecks", "lower", PSNR, IFSQ, AE,
           "ifsq reconstructs worse than an autoencoder, which spends four times the bits.",
           headline=True),
+    Claim("bits", "higher", PSNR, FIVE, THREE, "5 levels a channel reconstruct better than 3."),
+    Claim("bits", "higher", PSNR, NINE, FIVE, "9 levels reconstruct better than 5."),
+    Claim("bits", "higher", PSNR, IFSQ, NINE, "17 levels (4 bits) reconstruct better than 9.",
+          headline=True),
+    Claim("bits", "higher", PSNR, SIXTY_FIVE, IFSQ,
+          "65 levels (6 bits) reconstruct better than 17.", headline=True),
+    Claim("bits", "undecided", RFD, SIXTY_FIVE, IFSQ,
+          "Whether 65 levels are better than 17 in pretrained features is undecided."),
+    Claim("bits", "undecided", PSNR, SIXTY_FIVE, AE,
+          "Whether four channels of 65 levels fall behind an autoencoder's four is undecided."),
+    Claim("bits", "undecided", PSNR, EIGHT_OF_5, IFSQ,
+          "Eight channels of 5 levels or four of 17: which reconstruct better is undecided."),
+    Claim("bits", "undecided", RFD, EIGHT_OF_5, IFSQ,
+          "So it is in pretrained features."),
+    Claim("bits", "lower", PSNR, EIGHT_OF_5, AE,
+          "Eight channels of 5 levels reconstruct worse than an autoencoder's four."),
     Claim("alpha", "undecided", PSNR, tokenizer("--alpha", 1.0), IFSQ,
           "Whether a slope of 1.0 reconstructs worse than 1.6 is undecided."),
     Claim("alpha", "undecided", PSNR, tokenizer("--alpha", 2.4), IFSQ,
@@ -392,6 +411,10 @@ CLAIMS = [
     Claim("edges", "higher", OF_CHANNELS, tokenizer(*EQUAL), IFSQ,
           "With 17 levels, bins of equal width use the values of a channel a little more evenly.",
           headline=True),
+    Claim("edges", "close", PSNR, tokenizer("--levels", *[5] * 4, *EQUAL), FIVE,
+          "With 5 levels they reconstruct like the usual ones, too.", within=0.2),
+    Claim("edges", "higher", OF_CHANNELS, tokenizer("--levels", *[5] * 4, *EQUAL), FIVE,
+          "With 5 levels they use the values of a channel more evenly, too."),
     Claim("repa", "lower", BITS, ALIGNED_LLAMAGEN, LLAMAGEN,
           "Alignment lowers LlamaGen's validation loss.", LATE, headline=True),
     Claim("repa", "higher", SHARE, ALIGNED_LLAMAGEN, LLAMAGEN,

@@ -124,6 +124,15 @@ def test_what_the_page_says_of_tokenizers_near_the_floor():
             assert (margin < 0) == ("vq" in path.name), path.name
 
 
+def test_what_the_page_says_of_bits():
+    """Each bit a channel buys less PSNR than the one before."""
+    for reports in findings.all_reports():
+        points = findings.values_of(reports, "bits", findings.PSNR)["4 channels"]
+        bits, psnr = list(points), [findings.mean(values) for values in points.values()]
+        gains = np.diff(psnr) / np.diff(bits)
+        assert (gains > 0).all() and (np.diff(gains) < 0).all(), gains
+
+
 def claim_of(values, floor=20.0, within=0.0):
     """How `findings.compare` sees PSNRs {alpha: one for each seed}."""
     def read(run):
