@@ -107,6 +107,8 @@ COMMANDS = {
     "dit-sharded": ([*DIT, "--fsdp"], False),
     "long": (LONG, True),
     "long-sharded": ([*LONG, "--fsdp"], False),
+    "begun-sharded": ([*LONG, "--fsdp", "--init-from", "{t}/one/long/ckpt.pt", "--lr", "1e-9"],
+                      False),
 }
 
 
@@ -198,6 +200,14 @@ def test_sharded_runs_continue_replicated_and_the_other_way_round(outs):
     for part in ("model", "ema"):
         for key, value in one[part].items():  # Adam blows rounding up where a gradient is about 0
             torch.testing.assert_close(two[part][key], value, rtol=0, atol=5e-3)
+
+
+def test_a_sharded_run_begins_with_the_weights_it_is_given(outs):
+    begun = load_checkpoint(outs["two"] / "begun-sharded" / "ckpt.pt")
+    given = load_checkpoint(outs["one"] / "long" / "ckpt.pt")
+    for part in ("model", "ema"):
+        for key, value in given["ema"].items():
+            torch.testing.assert_close(begun[part][key], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["long", "dit"])
