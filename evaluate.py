@@ -91,7 +91,7 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
         metrics["lpips"] = lambda x, y: lpips(2 * x.float() - 1, 2 * y.float() - 1)
     train_images = try_training_images(data, size, args, processes)
     if train_images:
-        metrics["floor"] = pca_floor(train_images, model, processes)
+        metrics["floor"] = pca_floor(train_images, model)
 
     names = wanted(args, {"fid", "kid"})
     originals = Measure(network, len(places), names) if network else None
@@ -160,7 +160,7 @@ def ssim(x, y):
     return (means * variances).mean((1, 2, 3))
 
 
-def pca_floor(images, model, processes):
+def pca_floor(images, model):
     """PSNR of the linear PCA that a tokenizer must beat, as a function of (x, y) that ignores y.
 
     It is fitted on at most 2,000 training images: their f x f patches, where f is the tokenizer's
@@ -613,7 +613,7 @@ def open_set(source, args, processes, crop_to=None, split="all"):
     if not paths:
         raise UsageError(f"{source}: no images in it")
     if args.skip_bad_images:
-        paths.names = paths.names[readable(paths)]
+        paths.names = paths.names[readable(paths, processes)]
     return {"name": str(source), "crop": "none"}, {}, Uncropped(paths)
 
 

@@ -355,9 +355,9 @@ class Folder(Dataset):
             return np.arange(len(counts)) % 10 == 1
         return np.concatenate([(np.arange(n) % 10 == 0) & (n > 1) for n in counts])
 
-    def split(self, name, skip_bad=False):
-        """The Folder of its "train", "val" or "all" images, without the unreadable ones if
-        skip_bad. `about` says in words what was found. Raises UsageError if there are none."""
+    def split(self, name):
+        """The Folder of its "train", "val" or "all" images. `about` says in words what was found.
+        Raises UsageError if there are none."""
         part = copy.copy(self)
         part.keep({"train": ~self.held_out, "val": self.held_out, "all": ...}[name])
         rule = self.rule or ("all images" if name == "all" else
@@ -367,11 +367,15 @@ class Folder(Dataset):
         if not len(part):
             raise UsageError(f"--data {self.folder}: no images for {name} ({part.about}); "
                              f"files may end in {' '.join(sorted(SUFFIXES))}")
-        if skip_bad and not (good := readable(part.paths)).all():
-            part.about += (f"; skipped {(~good).sum()} unreadable images, the first is "
-                           f"{part.paths[good.argmin()]}")
-            part.keep(good)
         return part
+
+    def skip_unreadable(self, processes):
+        """Leave out the images that cannot be read, and say so in `about`."""
+        good = readable(self.paths, processes)
+        if not good.all():
+            self.about += (f"; skipped {(~good).sum()} unreadable images, the first is "
+                           f"{self.paths[good.argmin()]}")
+            self.keep(good)
 
     def keep(self, mask):
         self.paths, self.targets = Paths(self.folder, self.paths.names[mask]), self.targets[mask]
@@ -387,8 +391,9 @@ class Folder(Dataset):
                              "repair or remove it, or pass --skip-bad-images")
 
 
-def readable(paths):
-    """Read every image once: (N,) bool, whether that worked. UsageError if it never did."""
+def readable(paths, processes):
+    """Read every image once, shared among the processes: (N,) bool, whether that worked.
+    UsageError if it never did."""
     from multiprocessing.pool import ThreadPool
 
     def try_to_read(index):
@@ -397,9 +402,12 @@ def readable(paths):
             return True
         return False
 
+    mine, good = range(processes.rank, len(paths), processes.world), torch.zeros(len(paths))
     with ThreadPool(min(32, os.cpu_count() + 4)) as pool:
-        good = np.array([*tqdm(pool.imap(try_to_read, range(len(paths)), 16), total=len(paths),
-                               disable=None, desc="reading every image once")])
+        could = [*tqdm(pool.imap(try_to_read, mine, 16), total=len(mine),
+                       disable=processes.quiet(), desc="reading every image once")]
+    good[processes.rank::processes.world] = torch.tensor(could, dtype=torch.float32)
+    good = processes.sum(good).bool().numpy()
     if not good.any():
         raise UsageError(f"none of the {len(paths)} images can be read, such as {paths[0]}")
     return good
@@ -531,14 +539,10 @@ class RandomCrops(Dataset):
 def open_sources(data, splits, image_size, skip_bad, processes=None):
     """--data -> a source of (PIL image, class) for each split. A folder is listed once: for all
     splits, by rank 0 for all `processes`, in memory that those of a machine share."""
-    if processes and processes.world > 1 and data in BUILT_IN:
+    processes = processes or ALONE
+    if processes.world > 1 and data in BUILT_IN:
         with processes.in_turn():  # the first process downloads, the others find it there
             return open_sources(data, splits, image_size, skip_bad)
-    if processes and processes.world > 1:
-        sources = processes.agree_on(lambda: open_sources(data, splits, image_size, skip_bad))
-        for source in sources:
-            source.paths.names = processes.share(source.paths.names)
-        return sources
     if data == "shapes":
         return [Shapes("train" if split == "train" else "val", image_size) for split in splits]
     if data == "cifar10":
@@ -551,8 +555,18 @@ def open_sources(data, splits, image_size, skip_bad, processes=None):
         for source in sources:
             source.about = f"{len(source)} images of CIFAR-10"
         return sources
-    folder = Folder(data)
-    return [folder.split(split, skip_bad) for split in splits]
+
+    def listed():
+        folder = Folder(data)
+        return [folder.split(split) for split in splits]
+
+    sources = processes.agree_on(listed)
+    for source in sources:
+        if processes.world > 1:
+            source.paths.names = processes.share(source.paths.names)
+        if skip_bad:
+            source.skip_unreadable(processes)
+    return sources
 
 
 def open_images(data, split, image_size, seed=0, skip_bad=False, classes=None,
@@ -1834,6 +1848,9 @@ class Processes(NamedTuple):
                 raise UsageError(f"rank {int(blind) - 1} does not see {path.resolve()} as rank 0 "
                                  "does: put --out, --cache-dir, --data and --tokenizer on a disk "
                                  "that all machines share")
+
+
+ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
 
 
 def start_processes(args, tf32=True):

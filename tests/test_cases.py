@@ -27,7 +27,7 @@ from train import UsageError, load_checkpoint, open_images
 pytestmark = pytest.mark.usefixtures("small")
 TOKENIZER = ["--model", "tokenizer", *COMMON, "--image-size", "16", "--downsample", "4"]
 CPU = torch.device("cpu")
-ALONE = train.Processes(0, 1, CPU, torch.float32)
+ALONE = train.ALONE
 
 
 def put(path, grey=0):

@@ -16,7 +16,7 @@ from train import Images, Shapes, UsageError, load_checkpoint, load_codec, main,
 
 pytestmark = pytest.mark.usefixtures("small")
 CPU = torch.device("cpu")
-ALONE = train.Processes(0, 1, CPU, torch.float32)
+ALONE = train.ALONE
 
 
 # ---- Training ----

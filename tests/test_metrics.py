@@ -11,10 +11,7 @@ import evaluate
 from evaluate import (Inception, Judge, Measure, class_sums, compare, find_judge, frechet_distance,
                       inception_score, kid, pca_floor, precision_recall, prepare, ssim)
 from tokenizer import psnr
-from train import Processes, UsageError
-
-ONE = Processes(0, 1, torch.device("cpu"), torch.float32)
-
+from train import ALONE, UsageError
 
 # ---- The network ----
 
@@ -180,7 +177,7 @@ def measured(images, names, parts=3):
     measure = Measure(Stub(), len(images), names)
     for part in torch.randperm(len(images)).split(parts):
         measure.update(images[part], part)
-    return measure.finish(ONE, name="set", crop="none")
+    return measure.finish(ALONE, name="set", crop="none")
 
 
 def test_measure_does_not_depend_on_order():
@@ -212,7 +209,7 @@ def test_names_and_refusals_of_compare(capsys):
         return {**tensors, "about": {**usual, **about}}
 
     def names(*sets, letter=""):
-        return list(compare(*sets, args, {"fid", "kid"}, ONE, letter)["distances"])
+        return list(compare(*sets, args, {"fid", "kid"}, ALONE, letter)["distances"])
 
     many, kids = statistics(5000), ["kid", "kid_se"]
     assert names(statistics(2048), many, letter="r") == ["rfid", *kids]
@@ -227,11 +224,11 @@ def test_names_and_refusals_of_compare(capsys):
                  (many, statistics(5000, inception="01234567")), (stored, random)]:
         with pytest.raises(UsageError, match="measure both alike"):
             names(*pair)
-    distances = compare(stored, stored, args, {"sfid", "is"}, ONE)["distances"]
+    distances = compare(stored, stored, args, {"sfid", "is"}, ALONE)["distances"]
     assert distances == {"sfid": None, "is": None}
     args.metrics = ["is"]
     with pytest.raises(UsageError, match="is: the stored statistics of x or x"):
-        compare(stored, stored, args, {"is"}, ONE)
+        compare(stored, stored, args, {"is"}, ALONE)
 
 
 # ---- The metrics that need no download ----
@@ -266,11 +263,11 @@ def test_floor_of_images_that_are_sums_of_d_patches():
     pictures = torch.nn.functional.pixel_shuffle(patches.movedim(2, 1).unflatten(2, (6, 6)), 4)
     pictures = pictures.round().clamp(0, 255).to(torch.uint8)                          # (50,3,24,24)
     x = pictures.double() / 255
-    values = {d: pca_floor(Images(pictures), tokenizer(d), ONE)(x, None) for d in (1, 2)}
+    values = {d: pca_floor(Images(pictures), tokenizer(d))(x, None) for d in (1, 2)}
     assert 58.9 < values[2].mean() < 70
     expected = 20 * math.log10(255 / (0.3 * b.std()))
     assert values[1].mean().item() == pytest.approx(expected, abs=0.3)
-    coarse, fine = (pca_floor(Images(pictures), tokenizer(2, 4, "ifsq", n), ONE)(x, None).mean()
+    coarse, fine = (pca_floor(Images(pictures), tokenizer(2, 4, "ifsq", n))(x, None).mean()
                     for n in (3, 65))
     assert coarse < fine - 10 and 35 < fine < values[2].mean()
 
@@ -286,7 +283,7 @@ def test_floor_by_hand():
     rebuilt = (rows - rows.mean(0)) @ basis.T @ basis + rows.mean(0)
     rebuilt = (rebuilt.clamp(0, 1) * 255).round() / 255
     error = (rows - rebuilt).square().view(5, -1).mean(1)
-    floor = pca_floor(Images(pictures), tokenizer(3, 2), ONE)(x, None)
+    floor = pca_floor(Images(pictures), tokenizer(3, 2))(x, None)
     torch.testing.assert_close(floor, -10 * error.log10(), atol=0.02, rtol=0)
     assert psnr(x, x).isinf().all() or psnr(x, x).min() > 90
 
@@ -315,18 +312,18 @@ def test_class_share(monkeypatch):
     monkeypatch.setattr(evaluate, "load_teacher", lambda *args: (Guess(), "a fake"))
     known = [f"shade {i}" for i in range(10)]
     teacher = {"kind": "classifier", "classes": known}
-    judge = Judge(teacher, ONE)
+    judge = Judge(teacher, ALONE)
     shades = torch.tensor([0, 80, 250, 250]).view(4, 1, 1, 1)
     pictures = shades.expand(4, 3, 2, 2).to(torch.uint8)
     classes = ["shade 9", "shade 0", "shade 3"]
     assert judge.right(pictures, torch.tensor([1, 2, 0, 1]), classes).tolist() == [1, 1, 1, 0]
     views = Views([0, 80, 250, 250, 80], [1, 2, 0, 1, 1])
-    assert judge.on_real(views, classes, ONE) == pytest.approx(0.6)
-    assert judge.on_real(None, classes, ONE) is None and judge.name == "a fake"
+    assert judge.on_real(views, classes, ALONE) == pytest.approx(0.6)
+    assert judge.on_real(None, classes, ALONE) is None and judge.name == "a fake"
 
     checkpoint = {"teacher": teacher, "classes": classes}
     args = Namespace(judge=None)
-    assert find_judge(checkpoint, args, ONE).classes == known
-    assert find_judge({**checkpoint, "classes": ["cat"]}, args, ONE) is None
-    assert find_judge({"classes": classes}, args, ONE) is None
-    assert find_judge({"teacher": {"kind": "dinov2"}, "classes": classes}, args, ONE) is None
+    assert find_judge(checkpoint, args, ALONE).classes == known
+    assert find_judge({**checkpoint, "classes": ["cat"]}, args, ALONE) is None
+    assert find_judge({"classes": classes}, args, ALONE) is None
+    assert find_judge({"teacher": {"kind": "dinov2"}, "classes": classes}, args, ALONE) is None

@@ -55,7 +55,7 @@ def counted(self):
 train.GeneratorTraining.validate = counted
 train.guarded("launcher", one_after_the_other)
 """
-ALONE = train.Processes(0, 1, torch.device("cpu"), torch.float32)
+ALONE = train.ALONE
 TORCHRUN = ["-m", "torch.distributed.run"]
 
 
@@ -97,7 +97,7 @@ DIT = [*STEP, "--model", "dit", "--optimizer", "adamw", "--repa-layer", "1", "--
 LONG = [*STEP, "--optimizer", "adamw", "--grad-checkpoint", "--grad-accum", "2"]
 COMMANDS = {
     "tokenizer": (["--model", "tokenizer", "--data", "{t}/data", "--image-size", "16",
-                   "--downsample", "2", "--steps", "1"], True),
+                   "--downsample", "2", "--steps", "1", "--skip-bad-images"], True),
     "gan": (["--model", "tokenizer", "--image-size", "24", "--downsample", "2", "--disc-start", "1",
              "--steps", "4"], False),
     "muon": ([*STEP, "--repa-layer", "1"], False),
@@ -127,7 +127,8 @@ def outs(tokenizers, tmp_path_factory):
     """{"one", "two"}: folders with the outputs of COMMANDS by one and by two processes."""
     top = tmp_path_factory.mktemp("processes")
     inputs = {"t": top}
-    make_images(top / "data")
+    broken = make_images(top / "data") / "broken.png"
+    broken.write_bytes(b"")
     (top / "ifsq").symlink_to(tokenizers / "ifsq")
     (top / "two").mkdir()
     torch.manual_seed(0)
