@@ -24,8 +24,9 @@ function of (seed, i) and its class.
 
 A Frechet distance means little without its conditions, which the report holds: the reference, the
 number and a hash of the images, the crop, the resize, the weights. rFID compares a tokenizer's
-reconstructions with the crops that it was given, gFID compares samples with --reference. It is
-biased upward, the more so the fewer the images: below 2,048 it is called fid@N. KID has no bias.
+reconstructions with the crops that it was given, gFID compares samples with --reference or the
+training images. Both are biased upward, the more so the fewer the images: below 2,048 the columns
+are rfid@N and gfid@N. KID has no bias.
 """
 import argparse
 import functools
@@ -166,7 +167,7 @@ def pca_floor(images, model):
     It is fitted on at most 2,000 training images: their f x f patches, where f is the tokenizer's
     downsampling, are reduced to as many values as the tokenizer has channels, and those of a
     scalar quantizer are rounded to the same number of levels. The step of each grid is the best
-    of a few on the training images. A tokenizer below it has learned less than a matrix knows.
+    of a few on the training images. A tokenizer below it does worse than a linear projection.
     """
     f, d = model.downsample, model.latent_dim
     pixels = images[0][0][0].numel()              # H*W
@@ -255,7 +256,7 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
 
     labels = choose_labels(args, classes)
     reference, measure = None, None
-    if network and (args.metrics or not args.classes):  # chosen classes are to be looked at
+    if network and (args.metrics or not args.classes):  # chosen classes are not the data's
         reference = find_reference(trained["data"], size, args, processes, network, references)
     if reference:
         measure = Measure(network, len(labels), wanted(args))
@@ -425,12 +426,12 @@ def try_validation(path, checkpoint, codec, args, processes):
 
 @torch.no_grad()
 def probe(task, model, codec, tokens, teacher, args, processes, topk=10):
-    """What the layers of a generator hold of (at most 1,000) images, a number a layer.
+    """What each layer of a generator knows of (at most 1,000) images, one number a layer.
 
-    cknna: are images whose states are alike also alike to the teacher? A row is the mean over an
-    image's tokens. sts, nts: mean cosine of a token's state with its own final state, and with
-    that of the next token (see repa.py). LlamaGen sees the image's tokens, DiT its latents half
-    of the way to noise, both the class.
+    cknna: are images whose states are alike also alike to the teacher? A state is the mean over
+    an image's tokens. sts, nts: mean cosine of a token's state with its own final state, and with
+    that of the next token (see repa.py). LlamaGen sees the image's tokens, DiT its latents
+    halfway to noise, and both see the class.
     """
     network, name = teacher
     layers, device = range(1, model.depth + 1), processes.device
@@ -1383,7 +1384,7 @@ def print_table(rows):
 
 
 def write_report(name, report, args, processes):
-    """OUT/NAME.json"""
+    """Write OUT/NAME.json, on rank 0."""
     if processes.rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(without_nan(report), indent=1, allow_nan=False)
@@ -1447,7 +1448,7 @@ def parse_args(argv=None):
 
     add = parser.add_group("metrics")
     add("--metrics", f"of {' '.join(METRICS)} (pr: precision and recall): these must work, else "
-        "exit code 2; none: samples alone; unset, all that can be computed", nargs="+",
+        "exit code 2; none: no LPIPS, no Inception; unset, all that can be had", nargs="+",
         choices=[*METRICS, "none"], metavar="NAME")
     add("--weights", "averaged or last weights", choices=["ema", "model"], default="ema")
     add("--inception", f"local file of the Inception weights; unset, {INCEPTION_FILE}, downloaded. "
@@ -1483,7 +1484,7 @@ def parse_args(argv=None):
     add("--sample-steps", "DiT: steps from noise to data; unset, 250", type=COUNT, metavar="N")
     add("--timestep-shift", "DiT: below 1 smaller steps near the noise, above 1 near the data",
         type=number(float, 0, 1e6, "number"), metavar="S")
-    add("--seed", "of samples and random labels", type=WHOLE, default=0)
+    add("--seed", "seed of samples and random labels", type=WHOLE, default=0)
     add("--save-npz", "keep the samples, or a tokenizer's reconstructions, as OUT/NAME.npz in "
         "ADM's format: arr_0 (N,H,W,3) uint8, arr_1 labels", action="store_true")
     add("--save-images", "keep them as OUT/NAME/000000.png, ...", action="store_true")

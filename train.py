@@ -6,18 +6,19 @@
 The file reads from top to bottom: presets, data, stage one (the tokenizer), the tokens, stage two
 (a generator), and then `fit`, the one loop that trains them all. Whoever stops there has seen
 training whole. The rest is what the loop stands on: optimizer, processes, checkpoints, log, and
-the command line. Each of these commands runs as it is:
+the command line. Commands (DIR: a folder of images):
 
     python train.py                                         # tokenizer + LlamaGen on drawings
     python train.py --model dit --tokenizer out/llamagen-shapes/tokenizer/ckpt.pt
     torchrun --nproc_per_node=8 train.py --model llamagen --repa-layer 8
     python train.py --model tokenizer --data cifar10 --downsample 4
     python train.py --model tokenizer --data DIR --image-size 256 --size paper
-    python train.py --resume out/llamagen-shapes/ckpt.pt    # continues where it stopped
+    python train.py --resume out/llamagen-shapes/ckpt.pt    # continues a run that was stopped
 
 On a CPU a run is a pure function of its arguments. The images of step s and their crops follow
-from (seed, s), all other noise from (seed, s, rank), so the step is all that has to be remembered
-to continue bit for bit. (GPUs add in an order of their own, so there it holds up to rounding.)
+from (seed, s), all other noise from (seed, s, rank), so beside networks and optimizers only the
+step must be saved to continue bit for bit. (GPUs add in an order of their own, so there it holds up
+to rounding.)
 
 Every size but nano follows arXiv 2601.17124 and its public code. What differs from that code:
 
@@ -26,7 +27,7 @@ Every size but nano follows arXiv 2601.17124 and its public code. What differs f
     DiT           latents are normalised by channel (public: one scalar), and the vae's are means
                   (public: draws)
     critic steps  run the tokenizer in eval mode, so the vae gives its mean
-    schedule      steps are counted (public: 100 epochs of ImageNet, the same number)
+    schedule      steps are counted (public: epochs of ImageNet)
     evaluation    measures uint8 pictures (public: floats, neither clamped nor rounded), with ADM's
                   crop (public: bilinear with antialiasing) and balanced labels (public: random)
 """
@@ -259,14 +260,14 @@ def find_images(folder, left_out=None, top=None):
 
 
 def holds_images(path):
-    """Whether it is an image or a folder with one somewhere below it."""
+    """Whether `path` is an image, or a folder with one below it."""
     if path.is_dir():
         return any(True for _ in walk_images(path))
     return is_image(path.name)
 
 
 def unwrapped(folder):
-    """The folder in it that holds all its images, in folders again; None if there is none."""
+    """The one subfolder that holds all images of `folder`, in folders of its own; or None."""
     inside = (p for p in folder.iterdir() if not is_hidden(p.name) and holds_images(p))
     inside = [*itertools.islice(inside, 2)]
     if len(inside) == 1 and inside[0].is_dir() and any(map(holds_images, subfolders(inside[0]))):
@@ -294,7 +295,7 @@ class Folder(Dataset):
     """The images of a folder, as (PIL image, class); those of one split are `split(name)`.
 
     Class folders give the classes, sorted by name; images in a single folder are one class. Without
-    a folder for validation, every tenth image of each class is held out, but never the only one.
+    a folder for validation, every tenth image of each class is held out (see `every_tenth`).
     Raises UsageError for images next to class folders.
     """
 
@@ -346,10 +347,10 @@ class Folder(Dataset):
 
     @staticmethod
     def every_tenth(counts):
-        """Which images (N,) are held out, if the classes have so many: every tenth of a class.
+        """Which images (N,) are held out, given each class's number of images: every tenth.
 
-        A class of one image keeps it for training, unless all classes are like that. A tokenizer
-        can learn from those, so every tenth class is held out then, from the second one on.
+        A class of one image keeps it for training. If all classes are like that, which suffices
+        for a tokenizer, every tenth class is held out, from the second one on.
         """
         if max(counts) == 1:
             return np.arange(len(counts)) % 10 == 1
@@ -473,8 +474,8 @@ def crop(image, size, place=(0.5, 0.5), mirror=False):
 class Images(Dataset):
     """Centre crops of a source of (PIL image, class): index -> (x (3,H,W) uint8, label).
 
-    classes: those of a trained model, so that a label means the same class for both, by name;
-    None takes the source's own. unconditional: every label is 0.
+    classes: those of a trained model, whose numbers the labels then take, matched by name; None
+    takes the source's own. unconditional: every label is 0.
     """
 
     def __init__(self, source, image_size, seed=0, classes=None, unconditional=False):
@@ -537,8 +538,8 @@ class RandomCrops(Dataset):
 
 
 def open_sources(data, splits, image_size, skip_bad, processes=None):
-    """--data -> a source of (PIL image, class) for each split. A folder is listed once: for all
-    splits, by rank 0 for all `processes`, in memory that those of a machine share."""
+    """--data -> a source of (PIL image, class) for each split. Rank 0 lists a folder
+    once, for all splits and `processes`. The processes of a machine share the list in memory."""
     processes = processes or ALONE
     if processes.world > 1 and data in BUILT_IN:
         with processes.in_turn():  # the first process downloads, the others find it there
@@ -875,8 +876,8 @@ class Codec(NamedTuple):
     """The frozen tokenizer of stage two: from cached tokens to latents, and back to pictures."""
     tokenizer: Tokenizer
     grid: tuple                         # (h, w)
-    mean: torch.Tensor | float = 0.0    # (1,d,1,1), of z over validation images; 0 and 1 leave
-    std: torch.Tensor | float = 1.0     # (1,d,1,1)  z as it is
+    mean: torch.Tensor | float = 0.0    # (1,d,1,1), of z over validation images
+    std: torch.Tensor | float = 1.0     # (1,d,1,1); 0.0 and 1.0 leave z as it is
 
     def normalised(self, latents):
         """The same with the statistics {"mean": d numbers, "std": d numbers} of a checkpoint."""
@@ -1355,8 +1356,8 @@ class GeneratorTraining:
         return {self.task.val_column: value}, {}
 
     def whole_ema(self):
-        """The averaged model. With --fsdp rank 0 gets a copy for the while, and the others nothing:
-        divided, each of a picture's many tokens would take all layers from all processes again."""
+        """The averaged model. With --fsdp rank 0 gets a whole copy and the others None: a divided
+        model would gather all its layers again for each token that it samples."""
         if not is_sharded(self.ema):
             return self.ema
         weights = whole_tensors(self.ema.state_dict(), self.processes.rank)
@@ -1370,8 +1371,8 @@ class GeneratorTraining:
 
 @torch.no_grad()
 def validate_generator(task, model, codec, tokens, processes, batch_size=64, limit=1000):
-    """The validation loss over at most 1,000 centre views, shared among the processes. All call
-    the model equally often, as FSDP needs it: some repeat the last block, which does not count."""
+    """The validation loss over at most 1,000 centre views, shared among the processes. FSDP needs
+    equally many calls from each: a process without a block repeats the last one, uncounted."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # of loss * images, of images
     blocks = spread(tokens, limit).split(batch_size)
@@ -1606,7 +1607,7 @@ def make_optimizer(args, network):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): momentum whose matrix is made orthogonal before it is a step.
+    """Muon (Jordan et al. 2024): each step is the momentum of a matrix, made orthogonal.
 
     The gradient of a weight matrix is nearly of low rank: a few directions take almost all of an
     SGD or Adam step. With all singular values set to 1, rare directions learn as fast as common
@@ -1619,7 +1620,8 @@ class Muon(torch.optim.Optimizer):
     stay grey.
 
     Only hidden matrices have this structure. Convolution kernels count as (out, in*kh*kw).
-    Embeddings, output layers, norms and biases take Adam's step, with a tenth of the rate.
+    Embeddings, the generators' output layers, norms and biases take Adam's step at a tenth of the
+    rate.
     """
 
     def __init__(self, network, lr, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95)):
@@ -1823,13 +1825,13 @@ class Processes(NamedTuple):
         fully_shard(network, mesh=mesh)
 
     def synchronise(self, network, now):
-        """Whether the next backward pass exchanges gradients between the processes. With FSDP
-        each does: until then a process would keep the gradients of the whole model."""
+        """Say whether the next backward pass exchanges gradients. With FSDP every pass does, since
+        a process would otherwise have to keep the gradients of the whole model."""
         network.require_backward_grad_sync = now  # what DistributedDataParallel looks at
 
     def require_shared(self, outputs, inputs):
-        """Raise UsageError on every process if one of them does not see the files of rank 0: the
-        marks that it leaves in the folders `outputs` for the moment, the names in `inputs`."""
+        """Raise UsageError on every process if one does not see the files of rank 0: a mark that
+        rank 0 leaves in each of `outputs` for a moment, and the names in each of `inputs`."""
         name = f".shared-{self.agree(uuid.uuid4().hex)}"
         for path in (*outputs, *inputs) if self.world > 1 else ():
             mark, seen = path / name, None
@@ -1967,7 +1969,7 @@ KEPT = ("format", "kind", "args", "network", "step", "ema", "classes", "latents"
 
 @contextlib.contextmanager
 def building(what):
-    """The border where bad input is met: whatever goes wrong within is the fault of `what`."""
+    """Turn any error within, but for lack of memory or disk, into a UsageError naming `what`."""
     try:
         yield
     except (UsageError, OSError, MemoryError, torch.OutOfMemoryError):
@@ -2018,7 +2020,7 @@ def load_checkpoint(path, kind=None, quiet=False, **overrides):
     """The dictionary that a training run saved, or one made up for a file of the public code.
 
     kind: what it must be. quiet: do not print what was made of a public file. overrides: levels,
-    alpha, image_size, heads, latent_scale for what that does not say, or says wrongly. Raises
+    alpha, image_size, heads, latent_scale where a public file lacks them or is wrong. Raises
     UsageError for anything that is not whole.
     """
     state = read_file(path)
@@ -2419,7 +2421,7 @@ class Log:
         return rows
 
     def put_aside(self, why):
-        """Give the file another name."""
+        """Rename the file, say why, and let a new one begin."""
         aside = self.path.with_name(f"log-{uuid.uuid4().hex[:8]}.csv")
         os.replace(self.path, aside)
         tqdm.write(f"{self.path} ({why}) is kept as {aside.name}, and a new one begins")
@@ -2565,8 +2567,8 @@ def make_parser():
 
     add = parser.add_group("data")
     add("--data", "built-in drawings, CIFAR-10 (downloaded), or a folder: of class folders, of "
-        "train/ and val/ with such, or of images; several machines share it", default="shapes",
-        metavar="{shapes,cifar10,DIR}")
+        "train/ and val/ with class folders, or of images; several machines share it",
+        default="shapes", metavar="{shapes,cifar10,DIR}")
     add("--image-size", "side of the square crop, or height and width, pixels",
         type=number(int, 1, 2**14, "integer"), nargs="+", metavar="PX")
     add("--unconditional", "train without labels: all images are one class", action="store_true")
@@ -2586,7 +2588,7 @@ def make_parser():
         "of every bottleneck", type=number(int, 2, 2**16, "integer"), nargs="+", metavar="L")
     add("--alpha", "slope of the quantizer's sigmoid, or erf for the Gaussian CDF; unset, 1.6 for "
         "ifsq and 2.0 for fsq", type=slope, metavar="{A,erf}")
-    add("--edges", "the outer bins are half as wide as the others, as in the paper, or as wide",
+    add("--edges", "half: the two outer bins are half as wide, as in the paper; full: all equal",
         choices=["half", "full"], default="half")
     add("--downsample", "image side over latent side, a power of 2", type=COUNT, metavar="F")
     add("--hidden", "width at the full resolution", type=COUNT, metavar="C")
@@ -2597,7 +2599,7 @@ def make_parser():
     add("--perceptual-weight", "weight of LPIPS in the loss", type=WEIGHT, metavar="W")
     add("--disc-start", "first step with the adversarial loss, -1 for never",
         type=number(int, -1, 10**9, "integer"), metavar="STEP")
-    add("--disc-weight", "weight of the adversarial loss, before its adaptive weight",
+    add("--disc-weight", "factor of the adversarial loss, beside its adaptive weight",
         type=WEIGHT, default=0.5, metavar="W")
 
     add = parser.add_group("generator")
@@ -2647,7 +2649,7 @@ def make_parser():
         choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     add("--compile", "torch.compile the network", action=SWITCH, default=False)
     add("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--seed", "of everything that is random", type=WHOLE, default=0)
+    add("--seed", "seed of all random numbers", type=WHOLE, default=0)
 
     add = parser.add_group("files")
     add("--out", "folder of checkpoint, log and pictures, which several machines share; unset, "

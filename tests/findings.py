@@ -4,11 +4,12 @@
     python tests/findings.py --draw             # pictures, tables and claims from the reports
     python tests/findings.py alpha --data shapes               # without a download
 
-Questions: bottlenecks bits alpha edges models repa repa-layer repa-weight optimizer. All at 16 px,
-4x down: 16 tokens an image, models of size nano, three seeds. What has its report in assets/findings is not
-run again, an interrupted run goes on from its last checkpoint, and several of these commands may
-work at the same time. Every step is a command of train.py or evaluate.py,
-and its flags are in the report. Reports lie in a folder named after the data's content.
+Questions: bottlenecks bits alpha edges models repa repa-layer repa-weight optimizer. All run at
+16 px, 4x down (16 tokens an image), with models of size nano and three seeds. A run that has a
+report in assets/findings is not repeated, an interrupted one goes on from its last checkpoint, and
+several of these commands may work at the same time. Every step is a command of train.py or
+evaluate.py, and its flags are in the report. Reports lie in a folder named after the data's
+content.
 
 A claim (see CLAIMS) is a difference between two kinds of runs, paired by seed, with its 95%
 interval by Student's t. It is decided if the interval leaves out 0, or lies within a bound for what
@@ -405,13 +406,13 @@ CLAIMS = [
     Claim("alpha", "undecided", PSNR, tokenizer("--alpha", 2.4), IFSQ,
           "So it is for a slope of 2.4."),
     Claim("alpha", "close", SCALE, FSQ, IFSQ,
-          "The encoder undoes the step from 1.6 to 2.0: spread of the latents times slope is alike.",
+          "The encoder undoes the step from 1.6 to 2.0: latent spread times slope is alike.",
           within=0.05, headline=True),
     Claim("alpha", "undecided", KS, tokenizer("--alpha", 2.0, FIXED_SCALE), tokenizer(FIXED_SCALE),
           "With the scale fixed, 2.0 is farther from uniform than 1.6 in every seed, but these "
           "tokenizers are too near to the floor for a claim."),
     Claim("alpha", "undecided", PSNR, tokenizer(FIXED_SCALE), IFSQ,
-          "So it is for what fixing the scale costs at 1.6."),
+          "At 1.6, fixing the scale lowers PSNR in every seed, but is again too near to the floor."),
     Claim("edges", "close", PSNR, tokenizer(*EQUAL), IFSQ,
           "With 17 levels, bins of equal width reconstruct like the usual ones.", within=0.2),
     Claim("edges", "higher", OF_CHANNELS, tokenizer(*EQUAL), IFSQ,
@@ -741,7 +742,7 @@ def main():
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=" ".join(QUESTIONS))
     parser.add_argument("--data", default="cifar10", help="as for train.py (default: cifar10)")
     parser.add_argument("--out", type=Path, default=Path("out/findings"),
-                        help="of the trainings (default: out/findings)")
+                        help="folder of the trainings (default: out/findings)")
     parser.add_argument("--draw", action="store_true",
                         help="train nothing, and need no data: draw all reports that are there")
     args = parser.parse_args()
