@@ -412,7 +412,7 @@ CLAIMS = [
           "With the scale fixed, 2.0 is farther from uniform than 1.6 in every seed, but these "
           "tokenizers are too near to the floor for a claim."),
     Claim("alpha", "undecided", PSNR, tokenizer(FIXED_SCALE), IFSQ,
-          "At 1.6, fixing the scale lowers PSNR in every seed, but is again too near to the floor."),
+          "At 1.6, fixing the scale lowers PSNR in every seed, but too near to the floor again."),
     Claim("edges", "close", PSNR, tokenizer(*EQUAL), IFSQ,
           "With 17 levels, bins of equal width reconstruct like the usual ones.", within=0.2),
     Claim("edges", "higher", OF_CHANNELS, tokenizer(*EQUAL), IFSQ,
