@@ -50,6 +50,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.models.inception import Inception3
 from tqdm import tqdm
 
 import repa
@@ -920,107 +921,30 @@ def precision_recall(real, fake, k=3):
 
 # ---- The Inception network ----------------------------------------------------------------------
 
-class ConvNormReLU(nn.Module):
-    """relu(norm(conv(x))), kernel an int or (height, width). With stride 1 and pad it keeps the
-    size of the image."""
-
-    def __init__(self, c_in, c_out, kernel, stride=1, pad=True):
-        super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = [side // 2 for side in kernel] if pad and stride == 1 else 0
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)  # TensorFlow's eps, not PyTorch's 1e-5
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+def with_pool(pool, block, x):
+    """What a block of torchvision's gives, but that its last branch sees pool(x)."""
+    *branches, _ = block._forward(x)
+    return torch.cat([*branches, block.branch_pool(pool(x))], 1)
 
 
-class Mixed(nn.Module):
-    """An Inception block: chains of convolutions side by side, joined along the channels.
-
-    chains: {name: [(channels, kernel), ...]}. The layers of a chain are called NAME_1, NAME_2,
-    ..., a single one NAME. With fork the last two layers of a longer chain, NAME_2a and NAME_2b,
-    run side by side on the output of the one before. pool: "mean" or "max" is the input of
-    `branch_pool`; "half" halves the image: a max pool joins chains whose last layer has stride 2.
-    """
-
-    def __init__(self, c_in, pool="mean", fork=False, **chains):
-        super().__init__()
-        self.pool, self.chains = pool, []  # [(names in a row, names of the layers that end it)]
-        for name, layers in chains.items():
-            names = [f"{name}_{i + 1}" for i in range(len(layers))]
-            ends = 1
-            if len(layers) == 1:
-                names = [name]
-            elif fork:
-                ends = 2
-                names[-2:] = f"{name}_{len(layers) - 1}a", f"{name}_{len(layers) - 1}b"
-            width = c_in
-            for layer, (c_out, kernel) in zip(names, layers):
-                stride = 2 if pool == "half" and layer == names[-1] else 1
-                self.add_module(layer, ConvNormReLU(width, c_out, kernel, stride))
-                width = c_out
-            self.chains.append((names[:-ends], names[-ends:]))
-
-    def forward(self, x):
-        joined = []
-        for names, ends in self.chains:
-            y = x
-            if ends == ["branch_pool"]:
-                y = self.pooled(x)
-            for name in names:
-                y = getattr(self, name)(y)
-            joined += [getattr(self, name)(y) for name in ends]
-        if self.pool == "half":
-            joined.append(F.max_pool2d(x, 3, 2))
-        return torch.cat(joined, 1)
-
-    def pooled(self, x):
-        if self.pool == "max":
-            return F.max_pool2d(x, 3, 1, 1)
-        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-class Inception(nn.Module):
+class Inception(Inception3):
     """Inception v3 as the Frechet distance uses it: TensorFlow's graph of 2015-12-05.
 
-    Always in eval mode, without gradients. Architecture and names of the parameters are those of
+    Always in eval mode, without gradients. The names of the parameters are those of
     github.com/mseitzer/pytorch-fid, whose weights load with strict=True. It differs from
     torchvision's: means that leave out the padding, a max pool in the last block, 1008 classes.
     `label` says whose weights these are; numbers of different labels cannot be compared.
     """
 
     def __init__(self, preprocessing="tf1"):
-        super().__init__()
+        super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
         self.preprocessing, self.label = preprocessing, None
-        self.Conv2d_1a_3x3 = ConvNormReLU(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvNormReLU(32, 32, 3, pad=False)
-        self.Conv2d_2b_3x3 = ConvNormReLU(32, 64, 3)
-        self.Conv2d_3b_1x1 = ConvNormReLU(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvNormReLU(80, 192, 3, pad=False)
-        row, column = (1, 7), (7, 1)
-        for name, c_in, c_pool in (("Mixed_5b", 192, 32), ("Mixed_5c", 256, 64),
-                                   ("Mixed_5d", 288, 64)):
-            self.add_module(name, Mixed(
-                c_in, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(c_pool, 1)]))
-        self.Mixed_6a = Mixed(288, "half", branch3x3=[(384, 3)],
-                              branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
-        for name, c in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160),
-                        ("Mixed_6e", 192)):
-            self.add_module(name, Mixed(
-                768, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, row), (192, column)],
-                branch7x7dbl=[(c, 1), (c, column), (c, row), (c, column), (192, row)],
-                branch_pool=[(192, 1)]))
-        self.Mixed_7a = Mixed(768, "half", branch3x3=[(192, 1), (320, 3)],
-                              branch7x7x3=[(192, 1), (192, row), (192, column), (192, 3)])
-        for name, c_in, pool in (("Mixed_7b", 1280, "mean"), ("Mixed_7c", 2048, "max")):
-            self.add_module(name, Mixed(
-                c_in, pool, fork=True, branch1x1=[(320, 1)],
-                branch3x3=[(384, 1), (384, (1, 3)), (384, (3, 1))],
-                branch3x3dbl=[(448, 1), (384, 3), (384, (1, 3)), (384, (3, 1))],
-                branch_pool=[(192, 1)]))
-        self.fc = nn.Linear(2048, 1008)
+        for name, block in self.named_children():
+            if hasattr(block, "branch_pool"):
+                pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+                if name == "Mixed_7c":
+                    pool = nn.MaxPool2d(3, 1, 1)
+                block.forward = functools.partial(with_pool, pool, block)
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -1037,20 +961,13 @@ class Inception(nn.Module):
         if device.type == "cpu" and len(images) > 8:  # small parts reuse their memory
             parts = [self(images[i:i + 8]) for i in range(0, len(images), 8)]
             return tuple(torch.cat(part) for part in zip(*parts))
-        if not torch.is_tensor(images):
-            x = torch.cat([prepare(image[None].to(device), self.preprocessing)
-                           for image in images])
-        else:
-            x = prepare(images.to(device), self.preprocessing)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B,64,147,147)
-        x = F.max_pool2d(x, 3, 2)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (B,192,71,71)
-        x = F.max_pool2d(x, 3, 2)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B,288,35,35)
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B,768,17,17)
-        spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
-        x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))  # (B,1280,8,8)
-        pool = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))
+        parts = [images] if torch.is_tensor(images) else [image[None] for image in images]
+        x = torch.cat([prepare(part.to(device), self.preprocessing) for part in parts])
+        for layer in list(self.children())[:-3]:  # up to the mean, dropout and fc
+            if layer is self.Mixed_6d:
+                spatial = layer.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+            x = layer(x)
+        pool = x.mean((2, 3))                                                          # (B,2048)
         return pool, spatial, pool @ self.fc.weight.T
 
 
