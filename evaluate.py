@@ -39,7 +39,6 @@ import sys
 import time
 import uuid
 import weakref
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +90,12 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
     lpips = try_lpips(args, size, processes)
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(2 * x.float() - 1, 2 * y.float() - 1)
-    train_images = try_training_images(data, size, args, processes)
-    if train_images:
+    try:
+        train_images = open_images(data, "train", size, skip_bad=args.skip_bad_images,
+                                   processes=processes)
+    except UsageError as error:
+        processes.say(f"PCA floor n/a: {error}")
+    else:
         metrics["floor"] = pca_floor(train_images, model)
 
     names = wanted(args, {"fid", "kid"})
@@ -216,15 +219,6 @@ def try_lpips(args, image_size, processes):
         if args.metrics:
             raise UsageError(f"lpips: {error}")
         processes.say(f"lpips n/a: {error}")
-
-
-def try_training_images(data, size, args, processes):
-    """The training images of a data set, or None with a word if they are not here."""
-    try:
-        return open_images(data, "train", size, skip_bad=args.skip_bad_images,
-                           processes=processes)
-    except UsageError as error:
-        processes.say(f"PCA floor n/a: {error}")
 
 
 # ---- What is reported of a generator ------------------------------------------------------------
@@ -391,14 +385,17 @@ def open_evaluation(checkpoint, args, processes, **kwargs):
     data, split = args.data or trained["data"], args.split or "val"
     if data is None:
         raise UsageError("this file does not say what it was trained on: name images with --data")
-    images = open_images(data, split, trained["image_size"], trained.get("seed", 0),
-                         args.skip_bad_images, processes=processes, **kwargs)
+
+    def opened(split):
+        return open_images(data, split, trained["image_size"], skip_bad=args.skip_bad_images,
+                           processes=processes, **kwargs)
+
+    images = opened(split)
     foreign = data not in BUILT_IN and (
         trained["data"] is None or Path(data).resolve() != Path(trained["data"]).resolve())
     if foreign and not args.split and not images.source.has_split:
         split = "all"
-        images = open_images(data, split, trained["image_size"], trained.get("seed", 0),
-                             args.skip_bad_images, processes=processes, **kwargs)
+        images = opened(split)
     processes.say(f"{data}: {images.source.about}")
     return data, split, images
 
@@ -511,7 +508,8 @@ def find_judge(checkpoint, args, processes):
 # ---- What is reported of two sets of images -----------------------------------------------------
 
 class Uncropped(Dataset):
-    """Images in their own sizes, of files or of an array (N,H,W,3) uint8: (3,H,W) uint8 each."""
+    """Images in their own sizes, of files or of an array (N,H,W,3) uint8: index -> (3,H,W) uint8
+    and, as with Images, a label."""
 
     def __init__(self, source):
         self.source = source
@@ -527,20 +525,7 @@ class Uncropped(Dataset):
             except Exception as error:
                 raise UsageError(f"cannot read the image {image} ({error}): repair or remove it, "
                                  "or pass --skip-bad-images")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-class Cropped(Dataset):
-    """The pictures (3,H,W) uint8 of Images, without their labels."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index][0]
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), 0
 
 
 def is_image_set(path):
@@ -606,7 +591,7 @@ def open_set(source, args, processes, crop_to=None, split="all"):
     if crop_to:
         images = open_images(source, split, crop_to, skip_bad=args.skip_bad_images,
                              processes=processes)
-        chosen = Subset(Cropped(images), spread(images, 50_000).tolist())
+        chosen = Subset(images, spread(images, 50_000).tolist())
         return {"name": str(source), "split": split,
                 "crop": f"{crop_to[0]} x {crop_to[1]}, centre (ADM)"}, {}, chosen
     if not Path(source).is_dir():
@@ -635,7 +620,7 @@ def measure_set(opened, args, processes, network, names):
                         num_workers=args.num_workers)
     for part, batch in zip(mine.split(args.batch_size), tqdm(
             loader, desc=f"measuring {about['name']}", disable=processes.quiet())):
-        measure.update(batch, part)
+        measure.update([picture for picture, _ in batch], part)
     measured = measure.finish(processes, **about)
     if not stored:
         return measured
@@ -769,13 +754,18 @@ def check_alike(a, b):
                              f"{values[1]}: measure both alike")
 
 
-def save_statistics(path, statistics, processes):
-    """Write a dictionary of statistics as .npz, which --reference and `evaluate.py A B` take."""
-    if processes.rank == 0:
+def measure_reference(opened, args, processes, network):
+    """`measure_set` of the reference. --save-reference keeps it as .npz, which --reference and
+    `evaluate.py A B` take."""
+    path = args.save_reference
+    names = INCEPTION_METRICS if path else wanted(args) - {"is"}
+    statistics = measure_set(opened, args, processes, network, names)
+    if path and processes.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: value.numpy() for name, value in statistics.items() if name != "about"}
         np.savez(path, about=json.dumps(statistics["about"]), **arrays)
         print(f"statistics of {statistics['about']['name']} in {path}")
+    return statistics
 
 
 def find_reference(data, size, args, processes, network, references):
@@ -793,28 +783,20 @@ def find_reference(data, size, args, processes, network, references):
             raise
         processes.say(f"gfid n/a: {error}; name images with --reference")
         return None
-    names = INCEPTION_METRICS if args.save_reference else wanted(args) - {"is"}
-    statistics = measure_set(opened, args, processes, lambda: network, names)
-    if args.save_reference:
-        save_statistics(args.save_reference, statistics, processes)
-    references[source, *size] = statistics
-    return statistics
+    references[source, *size] = measure_reference(opened, args, processes, lambda: network)
+    return references[source, *size]
 
 
 @torch.no_grad()
 def evaluate_sets(args, processes):
     """The report of two sets of images, the reference first; None for one that is only saved."""
     network = functools.cache(lambda: load_inception(args, processes))
-    names = wanted(args)
     first, *second = [open_set(path, args, processes) for path in args.checkpoints]
-    reference_names = INCEPTION_METRICS if args.save_reference else names - {"is"}
-    reference = measure_set(first, args, processes, network, reference_names)
-    if args.save_reference:
-        save_statistics(args.save_reference, reference, processes)
+    reference = measure_reference(first, args, processes, network)
     if not second:
         return None
-    samples = measure_set(second[0], args, processes, network, names)
-    results = compare(reference, samples, args, names, processes)
+    samples = measure_set(second[0], args, processes, network, wanted(args))
+    results = compare(reference, samples, args, wanted(args), processes)
     return {"kind": "sets", "paths": paths_of(args.checkpoints), "flags": plain_args(args),
             "device": str(processes.device), "processes": processes.world,
             "torch": torch.__version__, "results": results}
@@ -895,13 +877,6 @@ def inception_score(sums):
     return (sums[:, -2] / sums[:, -1] - entropy).exp().mean().item()
 
 
-def squared_distances(x, y):
-    """Blocks (up to 1000, M) of the squared distances of x (N,C) and y (M,C): bounded memory."""
-    for block in x.split(1000):
-        squares = block.square().sum(1, keepdim=True) + y.square().sum(1)
-        yield (squares - 2 * block @ y.T).clamp(min=0)
-
-
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N,C), (M,C): floats.
 
@@ -911,9 +886,9 @@ def precision_recall(real, fake, k=3):
     """
     def share(centres, points):
         neighbours = min(k + 1, len(centres))  # the first one is the image itself
-        radius = torch.cat([d.kthvalue(neighbours, 1).values
-                            for d in squared_distances(centres, centres)])
-        inside = [(d <= radius).any(1) for d in squared_distances(points, centres)]
+        radius = torch.cat([torch.cdist(block, centres).kthvalue(neighbours, 1).values
+                            for block in centres.split(1000)])  # in blocks, for the memory
+        inside = [(torch.cdist(block, centres) <= radius).any(1) for block in points.split(1000)]
         return torch.cat(inside).double().mean().item()
 
     return share(real, fake), share(fake, real)
@@ -1073,19 +1048,13 @@ class Pictures:
         if not self.needed or self.processes.rank > 0:
             return
         if self.args.save_npz:
-            self.write_npz(self.folder.with_name(f"{self.folder.name}.npz"), labels)
+            np.savez(self.folder.with_name(f"{self.folder.name}.npz"), self.array(),
+                     np.array(labels, dtype=np.int64))
         if self.args.save_images:  # an earlier run may have left more of them
             for old in self.folder.glob("[0-9]" * 6 + ".png"):
                 if int(old.stem) >= self.shape[0]:
                     old.unlink()
         self.remove_file()
-
-    def write_npz(self, path, labels):
-        """ADM's sample file, from the pictures on disk: they may not fit into memory."""
-        with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
-            archive.write(self.path, "arr_0.npy")
-            with archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
 
 
 def draw_classes(path, samples, labels, classes, columns=10, limit=12):
@@ -1225,7 +1194,7 @@ def report_name(path):
 
 
 def free_name(name, paths, out, used):
-    """`name`, or name-2, ... if another report of this call or in `out` has it."""
+    """`name`, or name-2, ... if it is `used`, or another report in `out` has it."""
     for i in itertools.count(1):
         candidate = name if i == 1 else f"{name}-{i}"
         try:
@@ -1233,17 +1202,12 @@ def free_name(name, paths, out, used):
         except (OSError, ValueError, AttributeError):
             known = None
         if candidate not in used and known in (None, paths_of(paths)):
-            used.add(candidate)
             return candidate
 
 
 def without_nan(tree):
-    """`tree` with None for numbers that JSON does not have."""
-    if isinstance(tree, dict):
-        return {name: without_nan(value) for name, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [without_nan(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+    """`tree` as JSON has it, with None for numbers that JSON does not have."""
+    return json.loads(json.dumps(tree), parse_constant=lambda name: None)
 
 
 def form(value, spec):
@@ -1546,12 +1510,12 @@ def evaluate(args):
     if kinds == {"tokenizer"}:
         refuse_sampling(args)
     processes = start_processes(args, tf32=False)
-    reports, used, note = {}, set(), ""
+    reports, note = {}, ""
     if sets:
         report = evaluate_sets(args, processes)
         name = "-".join("-".join(Path(p).parts[-2:]) for p in args.checkpoints)
         name = free_name(name.replace("/", "").replace(".npz", ""), args.checkpoints, args.out,
-                         used)
+                         reports)
         if report:
             reports[name] = report
             write_report(name, report, args, processes)
@@ -1561,7 +1525,7 @@ def evaluate(args):
         generators, references = kinds - {"tokenizer"}, {}
         args.out.mkdir(parents=True, exist_ok=True)
         for path, checkpoint in checkpoints.items():
-            name = processes.agree(free_name(report_name(path), [path], args.out, used))
+            name = processes.agree(free_name(report_name(path), [path], args.out, reports))
             if checkpoint["kind"] == "tokenizer":
                 reports[name] = evaluate_tokenizer(path, checkpoint, name, args, processes,
                                                    network)

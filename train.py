@@ -706,15 +706,15 @@ class TokenizerTraining:
         if init:
             load_weights(self.model, init, "ema", args.init_from)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.critic, self.lpips = None, None
-        optimizer = make_optimizer(args, self.model)
+        self.critic = self.critic_network = self.lpips = None
         self.modules = {"model": self.model, "ema": self.ema}
-        self.optimizers = {"optimizer": (self.model, optimizer)}
+        self.optimizers = {"optimizer": make_optimizer(args, self.model)}
         if args.disc_start >= 0:
             layers = discriminator_layers(min(args.image_size))
             self.critic = PatchDiscriminator(n_layers=layers).to(device)
+            self.critic_network = processes.wrap(self.critic, broadcast_buffers=False)
             self.modules["critic"] = self.critic
-            self.optimizers["critic_optimizer"] = (self.critic, make_optimizer(args, self.critic))
+            self.optimizers["critic_optimizer"] = make_optimizer(args, self.critic)
         if args.perceptual_weight:
             with processes.in_turn(), building("--perceptual-weight needs LPIPS"):
                 self.lpips = load_lpips("vgg", args.pretrained).to(device)
@@ -722,9 +722,6 @@ class TokenizerTraining:
         # What is called in training: its gradients are averaged over the processes.
         compile_networks(args, self.model)
         self.network = processes.wrap(self.model)
-        self.critic_network = self.critic
-        if self.critic:
-            self.critic_network = processes.wrap(self.critic, broadcast_buffers=False)
         self.header = {"kind": "tokenizer", "network": network, "classes": images.classes}
         levels = " ".join(map(str, self.model.levels))
         processes.say(f"tokenizer {args.size}: {args.quantizer} {levels} at {args.downsample}x down"
@@ -737,8 +734,8 @@ class TokenizerTraining:
     def turn(self, step):
         """(network, optimizer) that this step trains, and whether it is the critic's turn."""
         if self.trains_critic(step):
-            return self.critic_network, self.optimizers["critic_optimizer"][1], True
-        return self.network, self.optimizers["optimizer"][1], False
+            return self.critic_network, self.optimizers["critic_optimizer"], True
+        return self.network, self.optimizers["optimizer"], False
 
     def loss(self, batch, step):
         """A micro-batch -> (scalar to minimise, {name: scalar to log})."""
@@ -802,7 +799,7 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
     scalar = model.quantizer in ("ifsq", "fsq")
     usage = CodeUsage(model.levels) if model.discrete else None
     scores = torch.zeros(len(places), len(metrics), dtype=exact)
-    sums = torch.zeros(4, model.latent_dim, dtype=torch.float64)     # of z, z^2, pre, pre^2
+    sums = torch.zeros(2, 2, model.latent_dim, dtype=torch.float64)  # of z and pre, and squared
     bins = torch.zeros(model.latent_dim, 4096, dtype=torch.float64)  # a histogram of y in [-1, 1]
     count, seconds = torch.zeros((), dtype=torch.float64), 0.0
     mine = torch.arange(processes.rank, len(places), processes.world)
@@ -826,19 +823,17 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
             watch(part, x, y)
         if usage:
             usage.update(indices)
-        z = z.cpu().double().movedim(1, -1).flatten(0, -2)                             # (N,d)
-        count += len(z)
-        sums[0] += z.sum(0)
-        sums[1] += z.square().sum(0)
+        vectors = [values.cpu().double().movedim(1, -1).flatten(0, -2)                 # (N,d)
+                   for values in ((z, pre) if scalar else (z,))]
+        count += len(vectors[0])
+        for row, values in zip(sums, vectors):
+            row += torch.stack([values.sum(0), values.square().sum(0)])
         if scalar:
-            pre = pre.cpu().movedim(1, -1).flatten(0, -2)                              # (N,d)
-            sums[2] += pre.double().sum(0)
-            sums[3] += pre.double().square().sum(0)
-            place = ((bound(pre, model.quantize.fsq.alpha) + 1) * 2048).long().clamp(max=4095)
+            bounded = bound(vectors[1], model.quantize.fsq.alpha)
+            place = ((bounded + 1) * 2048).long().clamp(max=4095)
             bins.scatter_add_(1, place.T, torch.ones_like(place.T, dtype=torch.float64))
-    scores, sums = processes.sum(scores), processes.sum(sums)  # one process wrote each row
-    sums, bins = sums / processes.sum(count), processes.sum(bins)
-    means, squares = sums[::2], sums[1::2]                            # of z and pre: (2,d)
+    scores, bins = processes.sum(scores), processes.sum(bins)  # one process wrote each row
+    means, squares = (processes.sum(sums) / processes.sum(count)).unbind(1)  # of z and pre: (2,d)
     std = (squares - means.square()).clamp(min=0).sqrt()
     latents = {"mean": means[0].tolist(), "std": std[0].tolist()}
     if scalar:
@@ -1276,7 +1271,7 @@ class GeneratorTraining:
         self.modules = {"model": self.model, "ema": self.ema}
         if self.teacher:
             self.modules["projector"] = whole.projector
-        self.optimizers = {"optimizer": (whole, make_optimizer(args, whole))}
+        self.optimizers = {"optimizer": make_optimizer(args, whole)}
         compile_networks(args, whole)
         self.network = processes.wrap(whole)
         return network
@@ -1319,7 +1314,7 @@ class GeneratorTraining:
 
     def turn(self, step):
         """(network, optimizer) that this step trains. There is no critic."""
-        return self.network, self.optimizers["optimizer"][1], False
+        return self.network, self.optimizers["optimizer"], False
 
     def loss(self, batch, step):
         """A micro-batch -> (scalar to minimise, {name: scalar to log})."""
@@ -2337,7 +2332,7 @@ def whole_tensors(state, rank):
 def training_state(training, processes):
     """The states of all networks and optimizers; with --fsdp rank 0 has them, see whole_tensors."""
     state = {name: module.state_dict() for name, module in training.modules.items()}
-    state |= {name: optimizer.state_dict() for name, (_, optimizer) in training.optimizers.items()}
+    state |= {name: optimizer.state_dict() for name, optimizer in training.optimizers.items()}
     return whole_tensors(state, processes.rank)
 
 
@@ -2348,7 +2343,7 @@ def load_training(training, scaler, saved):
         for name, module in training.modules.items():
             load_weights(module, saved, name)
             del saved[name]
-        for name, (_, optimizer) in training.optimizers.items():
+        for name, optimizer in training.optimizers.items():
             load_optimizer(optimizer, saved.pop(name))
         scaler.load_state_dict(saved["scaler"])
 
