@@ -53,13 +53,14 @@ from torchvision.models.inception import Inception3
 from tqdm import tqdm
 
 import repa
-from tokenizer import Tokenizer, load_lpips, psnr, published
-from train import (BUILT_IN, CACHE, COUNT, MODELS, TASKS, WEIGHT, WHOLE, Parser, UsageError,
-                   building, cached_tokens, check_compiler, compile_networks, draw_reconstructions,
-                   find_images, guarded, load_checkpoint, load_codec, load_teacher, load_weights,
-                   measure_tokenizer, number, open_images, plain_args, read_file, read_image,
-                   read_teacher, readable, sample_pictures, sampling_settings, seed_of, slope,
-                   spread, start_processes, to_float, validate_generator)
+from tokenizer import load_lpips, psnr, published
+from train import (BUILT_IN, COUNT, TASKS, WEIGHT, WHOLE, Parser, UsageError, batch_of,
+                   build_network, building, cached_tokens, check_compiler, compile_networks,
+                   draw_reconstructions, find_images, guarded, load_checkpoint, load_codec,
+                   load_teacher, load_weights, measure_tokenizer, number, open_images, plain_args,
+                   read_file, read_image, read_teacher, readable, sample_pictures,
+                   sampling_settings, seed_of, slope, spread, start_processes, to_float,
+                   validate_generator)
 
 METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
 SAMPLING = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler",
@@ -77,9 +78,7 @@ FEW = 2048              # with fewer images than features a covariance is singul
 def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
     """The report of a tokenizer's checkpoint; draws OUT/NAME.png. network: Inception or None."""
     size = checkpoint["args"]["image_size"]
-    with building(path):
-        model = Tokenizer(**checkpoint["network"])
-    load_weights(model, checkpoint, args.weights, str(path))
+    model = build_network(checkpoint, args.weights, path)
     model = model.to(processes.device, memory_format=torch.channels_last).eval()
     compile_networks(args, model.encoder, model.decoder)
     if min(size) < 7:
@@ -176,7 +175,7 @@ def pca_floor(images, model):
     f, d = model.downsample, model.latent_dim
     pixels = images[0][0][0].numel()              # H*W
     count = min(2000, max(128, 2**23 // pixels))  # fewer of large ones, for the memory
-    batch = torch.stack([images[i][0] for i in spread(images, count).tolist()])
+    batch, _ = batch_of(images, spread(images, count), "cpu")
     patches = F.pixel_unshuffle(batch.double() / 255, f).movedim(1, -1).flatten(0, -2)  # (N,3ff)
     mean = patches.mean(0)
     _, vectors = scipy.linalg.eigh(torch.cov(patches.T).numpy())
@@ -236,7 +235,7 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
     size, classes = trained["image_size"], checkpoint["classes"]
     settings = choose_settings(args, checkpoint, kinds, processes)
     codec = load_codec(checkpoint["tokenizer"], size, processes.device)
-    model = build_generator(path, checkpoint, args.weights).to(processes.device).eval()
+    model = build_network(checkpoint, args.weights, path).to(processes.device).eval()
     compile_networks(args, codec.tokenizer.decoder)
     if checkpoint["kind"] == "dit":  # LlamaGen's keys grow with every token: nothing is gained
         compile_networks(args, model)
@@ -310,14 +309,6 @@ def draw_samples(task, model, codec, labels, settings, args, processes, watch):
         seconds += time.perf_counter() - begin
         watch(block, pictures)
     return processes.largest(seconds)
-
-
-def build_generator(path, checkpoint, weights):
-    """The LlamaGen or DiT of a checkpoint, with its averaged or last weights."""
-    with building(path):
-        model = MODELS[checkpoint["kind"]](**checkpoint["network"])
-    load_weights(model, checkpoint, weights, str(path))
-    return model
 
 
 def choose_settings(args, checkpoint, kinds, processes):
@@ -442,11 +433,10 @@ def probe(task, model, codec, tokens, teacher, args, processes, topk=10):
     similarities = torch.zeros(2, len(layers), dtype=torch.float64)
     blocks = torch.arange(len(chosen)).split(args.batch_size)
     for block in blocks[processes.rank::processes.world]:
-        indices = chosen[block].tolist()
-        batch = torch.stack([tokens.view(i, 0) for i in indices]).to(device)
-        labels = torch.tensor([tokens.labels[i] for i in indices], device=device)
-        x = to_float(torch.stack([tokens.images[i][0] for i in indices]), device)
-        generators = [torch.Generator().manual_seed(seed_of(args.seed, i)) for i in indices]
+        batch, labels = batch_of(tokens, chosen[block], device)
+        x = to_float(batch_of(tokens.images, chosen[block], device)[0], device)
+        generators = [torch.Generator().manual_seed(seed_of(args.seed, i))
+                      for i in chosen[block].tolist()]
         with processes.autocast():
             states = task.states(model, codec, batch, labels, layers, generators)  # a (B,T,C) each
             seen[block] = network.features(x, model.grid).float().mean(1).cpu()
@@ -482,15 +472,13 @@ class Judge:
         """The share on (at most 1,000) validation images, or None without them."""
         if not tokens:
             return None
-        places = spread(tokens, 1000)[processes.rank::processes.world]
-        total = torch.zeros(2, dtype=torch.float64)
-        for part in places.split(64):
-            x = torch.stack([tokens.images[i][0] for i in part.tolist()])
-            labels = torch.tensor([tokens.labels[i] for i in part.tolist()])
-            right = self.right(x, labels, classes)
-            total += torch.tensor([right.sum().item(), len(right)], dtype=torch.float64)
-        right, count = processes.sum(total).tolist()
-        return right / count
+        places = spread(tokens, 1000)
+        labels, right = torch.tensor(tokens.labels)[places], torch.zeros(len(places))
+        blocks = torch.arange(len(places)).split(64)
+        for block in blocks[processes.rank::processes.world]:
+            x, _ = batch_of(tokens.images, places[block], self.device)
+            right[block] = self.right(x, labels[block], classes)
+        return processes.sum(right).mean().item()
 
 
 def find_judge(checkpoint, args, processes):
@@ -1318,14 +1306,14 @@ def parse_args(argv=None):
         "trained on", choices=["train", "val", "all"])
     add("--skip-bad-images", "leave out and count the images that cannot be read",
         action="store_true")
-    add("--batch-size", "images at a time in each process", type=COUNT, default=64, metavar="B")
-    add("--num-workers", "processes that decode images", type=number(int, 0, 512, "integer"),
-        default=0, metavar="N")
+    add("--batch-size", "images at a time in each process", COUNT, "B", default=64)
+    add("--num-workers", "processes that decode images", number(int, 0, 512, "integer"), "N",
+        default=0)
     add("--reference", "what samples are compared with: a folder or the training split of a data "
         "set, cropped as in training, ADM's .npz, or saved statistics; unset, the training images "
         "of the run", metavar="{DIR,DATA,NPZ}")
     add("--save-reference", "keep the statistics of the reference, or of the first set of images",
-        type=lambda path: Path(path if path.endswith(".npz") else f"{path}.npz"), metavar="NPZ")
+        lambda path: Path(path if path.endswith(".npz") else f"{path}.npz"), "NPZ")
 
     add = parser.add_group("metrics")
     add("--metrics", f"of {' '.join(METRICS)} (pr: precision and recall): these must work, else "
@@ -1347,25 +1335,25 @@ def parse_args(argv=None):
 
     add = parser.add_group("samples of a generator")
     add("--num-samples", "samples to draw; of a tokenizer's images, how many to take, spread "
-        "evenly; unset, 1000 samples and all images", type=COUNT, metavar="N")
+        "evenly; unset, 1000 samples and all images", COUNT, "N")
     add("--classes", "names or numbers of classes, repeated as often as samples are wanted; "
         "unset, all", nargs="+", metavar="CLASS")
     add("--labels", "every class equally often, or drawn at random",
         choices=["balanced", "random"], default="balanced")
     add("--cfg-scale", "classifier-free guidance, 1 = none; unset, LlamaGen 2 (nano 1.5) and DiT 1 "
-        "(nano 2)", type=number(float, -1e6, 1e6, "number"), metavar="S")
+        "(nano 2)", number(float, -1e6, 1e6, "number"), "S")
     add("--cfg-interval", "LlamaGen: guide tokens 0 ... T+1, -1 all; DiT: guide for LO <= t <= HI, "
-        "0 noise, 1 data", type=number(float, -1, 1e6, "number"), nargs="+", metavar="T")
+        "0 noise, 1 data", number(float, -1, 1e6, "number"), "T", nargs="+")
     add("--temperature", "LlamaGen: divides the logits, 0 takes the likeliest token; unset, 1 "
-        "(nano 0.8)", type=WEIGHT, metavar="T")
-    add("--top-k", "LlamaGen: draw from the K likeliest tokens, 0 all", type=WHOLE, metavar="K")
+        "(nano 0.8)", WEIGHT, "T")
+    add("--top-k", "LlamaGen: draw from the K likeliest tokens, 0 all", WHOLE, "K")
     add("--top-p", "LlamaGen: draw from the likeliest tokens that make up P",
-        type=number(float, 1e-9, 1, "share"), metavar="P")
+        number(float, 1e-9, 1, "share"), "P")
     add("--sampler", "DiT: one model call a step, or two", choices=["euler", "heun"])
-    add("--sample-steps", "DiT: steps from noise to data; unset, 250", type=COUNT, metavar="N")
+    add("--sample-steps", "DiT: steps from noise to data; unset, 250", COUNT, "N")
     add("--timestep-shift", "DiT: below 1 smaller steps near the noise, above 1 near the data",
-        type=number(float, 0, 1e6, "number"), metavar="S")
-    add("--seed", "seed of samples and random labels", type=WHOLE, default=0)
+        number(float, 0, 1e6, "number"), "S")
+    add("--seed", "seed of samples and random labels", WHOLE, default=0)
     add("--save-npz", "keep the samples, or a tokenizer's reconstructions, as OUT/NAME.npz in "
         "ADM's format: arr_0 (N,H,W,3) uint8, arr_1 labels", action="store_true")
     add("--save-images", "keep them as OUT/NAME/000000.png, ...", action="store_true")
@@ -1373,25 +1361,18 @@ def parse_args(argv=None):
     add = parser.add_group("files of the public code: what they do not say, or say wrongly")
     add("--tokenizer", "tokenizer of a public LlamaGen or DiT, whose file holds none",
         metavar="CKPT")
-    add("--image-size", "side, or height and width, pixels", nargs="+",
-        type=number(int, 1, 2**14, "integer"), metavar="PX")
-    add("--levels", "code values of each channel", nargs="+",
-        type=number(int, 2, 2**16, "integer"), metavar="L")
-    add("--alpha", "slope of the quantizer's sigmoid", type=slope, metavar="A")
+    add("--image-size", "side, or height and width, pixels", number(int, 1, 2**14, "integer"), "PX",
+        nargs="+")
+    add("--levels", "code values of each channel", number(int, 2, 2**16, "integer"), "L", nargs="+")
+    add("--alpha", "slope of the quantizer's sigmoid", slope, "A")
     add("--latent-scale", "factor of DiT's latents, z = latents / S",
-        type=number(float, 1e-6, 1e6, "number"), metavar="S")
-    add("--heads", "attention heads, which leave no trace in the shapes", type=COUNT, metavar="N")
+        number(float, 1e-6, 1e6, "number"), "S")
+    add("--heads", "attention heads, which leave no trace in the shapes", COUNT, "N")
 
-    add = parser.add_group("machine and files")
-    add("--dtype", "arithmetic of the networks", choices=["auto", "bf16", "fp16", "fp32"],
-        default="fp32")
-    add("--compile", "torch.compile the tokenizer and DiT: worth its minute for many samples",
-        action="store_true")
-    add("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--pretrained", "folder of pretrained weights: where they are looked for, and downloaded "
-        "to", type=Path, default=CACHE, metavar="DIR")
+    parser.add_machine("fp32")
+    add = parser.add_group("files")
     add("--out", "folder of reports and pictures; unset, eval/ next to the first checkpoint, or "
-        "out/eval for sets", type=Path, metavar="DIR")
+        "out/eval for sets", Path, "DIR")
     args = parser.parse_args(argv)
     if args.help:
         parser.print_help()

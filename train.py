@@ -59,7 +59,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
 import dit
@@ -109,6 +109,8 @@ RATES = {"muon": 0.02, "adamw": 2e-3}  # for an --optimizer that is not the pres
 BETAS = {"tokenizer": (0.9, 0.999), "llamagen": (0.9, 0.95), "dit": (0.9, 0.95)}
 CLASSIFIER = dict(optimizer="muon", steps=400, batch_size=128, lr=0.03, weight_decay=0.05)
 SIZES = {"tokenizer": NETWORKS, "llamagen": llamagen.SIZES, "dit": dit.SIZES}
+MODELS = {"tokenizer": Tokenizer, "classifier": repa.Classifier, "llamagen": llamagen.LlamaGen,
+          "dit": dit.DiT}
 BUILT_IN = ("shapes", "cifar10")  # the values of --data that are not folders
 KL_WEIGHT = 1e-6                  # of the vae's KL, nats an image
 DINO_PX = 128                     # the image side from which --repa-teacher auto takes DINOv2
@@ -661,6 +663,12 @@ def to_uint8(x):
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def batch_of(dataset, places, device):
+    """The items of a data set at `places` (B,), such as (x, label), as one batch on the device."""
+    items = default_collate([dataset[place] for place in places.tolist()])
+    return [part.to(device) for part in items]
+
+
 def spread(dataset, limit):
     """At most `limit` indices spread evenly over a data set, the first and the last included."""
     count = min(len(dataset), limit)
@@ -851,7 +859,7 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
 @torch.no_grad()
 def draw_reconstructions(path, model, images, processes, columns=8):
     """PNG: rows of validation images, each above its reconstructions."""
-    x = torch.stack([images[i][0] for i in spread(images, 2 * columns).tolist()])
+    x, _ = batch_of(images, spread(images, 2 * columns), "cpu")
     with processes.autocast():
         y = to_uint8(model(to_float(x, processes.device))[0]).cpu()
     rows = [torch.cat(pair) for pair in zip(x.split(columns), y.split(columns))]
@@ -903,10 +911,7 @@ class Codec(NamedTuple):
 
 def load_codec(checkpoint, image_size, device):
     """The Codec of a tokenizer's checkpoint, or of the part of a generator's that holds one."""
-    with building("the tokenizer"):
-        tokenizer = Tokenizer(**checkpoint["network"])
-    load_weights(tokenizer, checkpoint, "ema")
-    tokenizer = tokenizer.to(device, memory_format=torch.channels_last)
+    tokenizer = build_network(checkpoint).to(device, memory_format=torch.channels_last)
     tokenizer.eval().requires_grad_(False)
     f = tokenizer.downsample
     if any(side % f for side in image_size):
@@ -1185,7 +1190,6 @@ class DiTTask:
 
 
 TASKS = {"llamagen": LlamaGenTask(), "dit": DiTTask()}
-MODELS = {"llamagen": llamagen.LlamaGen, "dit": dit.DiT}
 
 
 def sampling_settings(kind, size):
@@ -1308,8 +1312,8 @@ class GeneratorTraining:
 
     def measure_latents(self):
         """{"mean", "std"} of z over validation images, channel by channel."""
-        z = torch.cat([self.codec.plain(self.val_tokens[i][0][None].to(self.processes.device))
-                       for i in spread(self.val_tokens, 1000).tolist()])
+        places = spread(self.val_tokens, 1000)
+        z = self.codec.plain(batch_of(self.val_tokens, places, self.processes.device)[0])
         return {"mean": z.mean((0, 2, 3)).tolist(), "std": z.std((0, 2, 3)).tolist()}
 
     def turn(self, step):
@@ -1375,9 +1379,7 @@ def validate_generator(task, model, codec, tokens, processes, batch_size=64, lim
         block = min(first + processes.rank, len(blocks) - 1)
         part = blocks[block]
         weight = len(part) * (block == first + processes.rank)
-        items = [tokens[i] for i in part.tolist()]
-        batch = torch.stack([item[0] for item in items]).to(processes.device)
-        labels = torch.tensor([item[1] for item in items], device=processes.device)
+        batch, labels = batch_of(tokens, part, processes.device)
         with processes.autocast():
             loss = task.validation_loss(model, codec, batch, labels, block)
         total += torch.tensor([loss.item() * weight, weight], dtype=torch.float64)
@@ -1466,11 +1468,9 @@ def load_teacher(teacher, folder, processes):
     """
     if teacher["kind"] == "classifier":
         with building("the teacher"):
-            model = repa.Classifier(**teacher["network"])
             name = (f"classifier of {len(teacher['classes'])} classes, accuracy "
                     f"{teacher['accuracy']:.1%}")
-        load_weights(model, teacher, "ema")
-        model = model.to(processes.device, memory_format=torch.channels_last)
+        model = build_network(teacher).to(processes.device, memory_format=torch.channels_last)
     else:
         name = str(teacher.get("source"))
         with processes.in_turn(), building(f"--repa-teacher {name}"):
@@ -2047,7 +2047,7 @@ def check_checkpoint(state, path):
     for part in ("tokenizer", "teacher"):
         if part in state and state[part].get("kind") != "dinov2":
             check_checkpoint(state[part], f"{path}, {part}")
-    if own and state["kind"] in MODELS:
+    if own and state["kind"] in TASKS:
         check_tokens(state, path)
 
 
@@ -2085,11 +2085,10 @@ def check_network(state, path):
     layers = max(network.get(name, 0) for name in ("num_res_blocks", "n_layer", "depth"))
     if layers > len(state["ema"]):
         raise not_whole(path, f"{layers} layers, and {len(state['ema'])} weights")
-    build = {**MODELS, "tokenizer": Tokenizer, "classifier": repa.Classifier}[kind]
     with torch.device("meta"):  # shapes without memory
-        model = build(**network)
+        model = MODELS[kind](**network)
     check_weights(model, state["ema"], f"{path}: the weights 'ema' of a {kind}")
-    needed = {"tokenizer": kind in MODELS, "teacher": kind in MODELS and args.get("repa_layer")}
+    needed = {"tokenizer": kind in TASKS, "teacher": kind in TASKS and args.get("repa_layer")}
     for part in needed:
         if needed[part] and not isinstance(state.get(part), dict):
             raise not_whole(path, f"it lacks its {part}")
@@ -2295,6 +2294,14 @@ def check_weights(module, weights, what):
         names = ", ".join(sorted(wrong)[:4])
         raise UsageError(f"{what} do not fit this model: {len(wrong)} are missing, unexpected or "
                          f"of another shape ({names})")
+
+
+def build_network(checkpoint, weights="ema", what="the checkpoint"):
+    """The network of a checkpoint, with its averaged ("ema") or last ("model") weights."""
+    with building(what):
+        network = MODELS[checkpoint["kind"]](**checkpoint["network"])
+    load_weights(network, checkpoint, weights, what)
+    return network
 
 
 def load_weights(module, checkpoint, name, what="the checkpoint"):
@@ -2545,11 +2552,24 @@ class Parser(argparse.ArgumentParser):
         """A group's function that adds a flag; its default, here or in a preset, ends the help."""
         group = self.add_argument_group(title)
 
-        def add(name, help, **kwargs):
-            plain = "action" in kwargs  # a switch
-            group.add_argument(name, help=help if plain else f"{help} (default: %(default)s)",
-                               **kwargs)
+        def add(name, help, type=None, metavar=None, **kwargs):
+            if "action" in kwargs:  # a switch
+                group.add_argument(name, help=help, **kwargs)
+            else:
+                group.add_argument(name, help=f"{help} (default: %(default)s)", type=type,
+                                   metavar=metavar, **kwargs)
         return add
+
+    def add_machine(self, dtype):
+        """The flags that say where and how to compute. dtype: the default of --dtype."""
+        add = self.add_group("machine")
+        add("--dtype", "arithmetic of the networks; auto: bf16 where the hardware has it",
+            choices=["auto", "bf16", "fp16", "fp32"], default=dtype)
+        add("--compile", "torch.compile the networks (evaluate.py: the tokenizer and DiT)",
+            action=SWITCH, default=False)
+        add("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+        add("--pretrained", "folder of pretrained weights: where they are looked for, and "
+            "downloaded to", Path, "DIR", default=CACHE)
 
 
 def make_parser():
@@ -2565,10 +2585,10 @@ def make_parser():
         "train/ and val/ with class folders, or of images; several machines share it",
         default="shapes", metavar="{shapes,cifar10,DIR}")
     add("--image-size", "side of the square crop, or height and width, pixels",
-        type=number(int, 1, 2**14, "integer"), nargs="+", metavar="PX")
+        number(int, 1, 2**14, "integer"), "PX", nargs="+")
     add("--unconditional", "train without labels: all images are one class", action="store_true")
     add("--num-workers", "processes that decode images; unset, 8 a GPU and 0 on a CPU",
-        type=number(int, 0, 512, "integer"), metavar="N")
+        number(int, 0, 512, "integer"), "N")
     add("--skip-bad-images", "read every image once at the start, and leave out the unreadable",
         action=SWITCH, default=False)
 
@@ -2576,40 +2596,38 @@ def make_parser():
     add("--tokenizer", "trained tokenizer for a generator; unset, OUT/tokenizer/ckpt.pt, which is "
         "trained first if it is missing, with the preset's optimizer, rates and batch; several "
         "machines share it", metavar="CKPT")
-    add("--tokenizer-steps", "steps of that first stage; unset, those of --model tokenizer",
-        type=COUNT, metavar="N")
+    add("--tokenizer-steps", "steps of that first stage; unset, those of --model tokenizer", COUNT,
+        "N")
     add("--quantizer", "bottleneck", choices=QUANTIZERS, default="ifsq")
     add("--levels", "code values of each latent channel; their number is the number of channels "
-        "of every bottleneck", type=number(int, 2, 2**16, "integer"), nargs="+", metavar="L")
+        "of every bottleneck", number(int, 2, 2**16, "integer"), "L", nargs="+")
     add("--alpha", "slope of the quantizer's sigmoid, or erf for the Gaussian CDF; unset, 1.6 for "
-        "ifsq and 2.0 for fsq", type=slope, metavar="{A,erf}")
+        "ifsq and 2.0 for fsq", slope, "{A,erf}")
     add("--edges", "half: the two outer bins are half as wide, as in the paper; full: all equal",
         choices=["half", "full"], default="half")
-    add("--downsample", "image side over latent side, a power of 2", type=COUNT, metavar="F")
-    add("--hidden", "width at the full resolution", type=COUNT, metavar="C")
-    add("--multipliers", "widths over --hidden, from the full resolution down", type=COUNT,
-        nargs="+", metavar="M")
-    add("--num-res-blocks", "residual blocks a resolution", type=COUNT, metavar="N")
-    add("--num-groups", "groups of every GroupNorm", type=COUNT, metavar="N")
-    add("--perceptual-weight", "weight of LPIPS in the loss", type=WEIGHT, metavar="W")
+    add("--downsample", "image side over latent side, a power of 2", COUNT, "F")
+    add("--hidden", "width at the full resolution", COUNT, "C")
+    add("--multipliers", "widths over --hidden, from the full resolution down", COUNT, "M",
+        nargs="+")
+    add("--num-res-blocks", "residual blocks a resolution", COUNT, "N")
+    add("--num-groups", "groups of every GroupNorm", COUNT, "N")
+    add("--perceptual-weight", "weight of LPIPS in the loss", WEIGHT, "W")
     add("--disc-start", "first step with the adversarial loss, -1 for never",
-        type=number(int, -1, 10**9, "integer"), metavar="STEP")
-    add("--disc-weight", "factor of the adversarial loss, beside its adaptive weight",
-        type=WEIGHT, default=0.5, metavar="W")
+        number(int, -1, 10**9, "integer"), "STEP")
+    add("--disc-weight", "factor of the adversarial loss, beside its adaptive weight", WEIGHT, "W",
+        default=0.5)
 
     add = parser.add_group("generator")
     add("--token-groups", "digits that LlamaGen cuts a token into; 0: the fewest that keep each "
-        "digit's vocabulary within 4096", type=WHOLE, metavar="G")
-    add("--patch-size", "side of DiT's patches, latent positions", type=COUNT, default=1,
-        metavar="P")
-    add("--dropout", "dropout of LlamaGen", type=SHARE, metavar="P")
-    add("--class-dropout", "share of labels hidden in training, for guidance", type=SHARE,
-        default=0.1, metavar="P")
+        "digit's vocabulary within 4096", WHOLE, "G")
+    add("--patch-size", "side of DiT's patches, latent positions", COUNT, "P", default=1)
+    add("--dropout", "dropout of LlamaGen", SHARE, "P")
+    add("--class-dropout", "share of labels hidden in training, for guidance", SHARE, "P",
+        default=0.1)
     add("--crops", "crops of each image in the token cache: the centre and N - 1 random ones, "
-        "each with its mirror image", type=number(int, 1, 10_000, "integer"), default=1,
-        metavar="N")
-    add("--cache-dir", "folder of the token caches; several machines share it", type=Path,
-        default=Path("out/cache"), metavar="DIR")
+        "each with its mirror image", number(int, 1, 10_000, "integer"), "N", default=1)
+    add("--cache-dir", "folder of the token caches; several machines share it", Path, "DIR",
+        default=Path("out/cache"))
     add("--grad-checkpoint", "recompute each layer in the backward pass: less memory, a third "
         "more time", action=SWITCH, default=False)
     add("--fsdp", "divide weights, gradients and optimizer of the generator among the processes",
@@ -2617,9 +2635,9 @@ def make_parser():
 
     add = parser.add_group("alignment of a generator with a vision encoder (REPA)")
     add("--repa-layer", "align the hidden state after layer K (the first is 1; a third of the "
-        "depth is a good choice) with a teacher's view of the image", type=WHOLE, metavar="K")
-    add("--repa-weight", "weight of the alignment loss", type=WEIGHT, metavar="W")
-    add("--repa-width", "width of the projector", type=COUNT, metavar="C")
+        "depth is a good choice) with a teacher's view of the image", WHOLE, "K")
+    add("--repa-weight", "weight of the alignment loss", WEIGHT, "W")
+    add("--repa-width", "width of the projector", COUNT, "C")
     add("--repa-teacher", "classifier: a small network that first learns the labels, in "
         "OUT/teacher; dinov2_vits14, vitb14, vitl14 or vitg14, also with _reg, downloaded; or a "
         f"file of either. auto: DINOv2-B from {DINO_PX} px on, else the classifier",
@@ -2628,43 +2646,34 @@ def make_parser():
     add = parser.add_group("training")
     add("--optimizer", "Muon takes an orthogonal step for every matrix, see class Muon",
         choices=["adamw", "muon"])
-    add("--steps", "optimizer steps in all", type=COUNT)
-    add("--batch-size", "images a step, over all processes", type=COUNT, metavar="B")
-    add("--grad-accum", "micro-batches in which each process works through its share", type=COUNT,
-        default=1, metavar="N")
-    add("--lr", "learning rate between warm-up and cool-down", type=RATE)
-    add("--weight-decay", "decoupled weight decay", type=WEIGHT, metavar="W")
-    add("--warmup", "steps over which the learning rate rises from 0", type=WHOLE, metavar="STEPS")
-    add("--cooldown", "last share of the steps, over which the learning rate falls to 0",
-        type=SHARE, metavar="SHARE")
-    add("--grad-clip", "largest gradient norm, 0 for no limit", type=WEIGHT, metavar="NORM")
-    add("--ema-decay", "decay of the averaged weights, which are the ones evaluated", type=SHARE,
-        metavar="D")
-    add("--dtype", "arithmetic of the networks; auto: bf16 where the hardware has it",
-        choices=["auto", "bf16", "fp16", "fp32"], default="auto")
-    add("--compile", "torch.compile the network", action=SWITCH, default=False)
-    add("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--seed", "seed of all random numbers", type=WHOLE, default=0)
+    add("--steps", "optimizer steps in all", COUNT)
+    add("--batch-size", "images a step, over all processes", COUNT, "B")
+    add("--grad-accum", "micro-batches in which each process works through its share", COUNT, "N",
+        default=1)
+    add("--lr", "learning rate between warm-up and cool-down", RATE)
+    add("--weight-decay", "decoupled weight decay", WEIGHT, "W")
+    add("--warmup", "steps over which the learning rate rises from 0", WHOLE, "STEPS")
+    add("--cooldown", "last share of the steps, over which the learning rate falls to 0", SHARE,
+        "SHARE")
+    add("--grad-clip", "largest gradient norm, 0 for no limit", WEIGHT, "NORM")
+    add("--ema-decay", "decay of the averaged weights, which are the ones evaluated", SHARE, "D")
+    add("--seed", "seed of all random numbers", WHOLE, default=0)
 
+    parser.add_machine("auto")
     add = parser.add_group("files")
     add("--out", "folder of checkpoint, log and pictures, which several machines share; unset, "
-        "out/MODEL-DATA, and -repaK for an aligned generator", type=Path, metavar="DIR")
+        "out/MODEL-DATA, and -repaK for an aligned generator", Path, "DIR")
     add("--resume", "continue from CKPT, or without one from OUT/ckpt.pt, with the flags stored "
         "in it", nargs="?", const=True, metavar="CKPT")
     add("--init-from", "start a new run from the averaged weights of CKPT, of a run or of the "
         "public code; a tokenizer's flags follow from it", metavar="CKPT")
     add("--heads", "of a public generator in --init-from: attention heads, which leave no trace "
-        "in the shapes", type=COUNT, metavar="N")
+        "in the shapes", COUNT, "N")
     add("--latent-scale", "of a public DiT in --init-from: factor of its latents, if its file "
-        "does not say it", type=number(float, 1e-6, 1e6, "number"), metavar="S")
-    add("--pretrained", "folder of pretrained weights: where they are looked for, and downloaded "
-        "to", type=Path, default=CACHE, metavar="DIR")
-    add("--save-every", "steps from checkpoint to checkpoint", type=COUNT, default=1000,
-        metavar="STEPS")
-    add("--eval-every", "steps from validation to validation", type=COUNT, default=500,
-        metavar="STEPS")
-    add("--log-every", "steps from row to row in log.csv", type=COUNT, default=50,
-        metavar="STEPS")
+        "does not say it", number(float, 1e-6, 1e6, "number"), "S")
+    add("--save-every", "steps from checkpoint to checkpoint", COUNT, "STEPS", default=1000)
+    add("--eval-every", "steps from validation to validation", COUNT, "STEPS", default=500)
+    add("--log-every", "steps from row to row in log.csv", COUNT, "STEPS", default=50)
     return parser
 
 

@@ -74,7 +74,7 @@ def loss_by_hand(path, images):
     """Mean bits a token of a LlamaGen over [(image file, class name)]."""
     state = load_checkpoint(path)
     codec = train.load_codec(state["tokenizer"], [16, 16], CPU)
-    model = evaluate.build_generator(path, state, "ema").eval()
+    model = train.build_network(state).eval()
     x = torch.stack([train.crop(train.read_image(p), (16, 16)) for p, _ in images])
     indices = codec.tokenizer.encode(train.to_float(x, CPU))[1].flatten(1)
     labels = torch.tensor([state["classes"].index(name) for _, name in images])

@@ -117,7 +117,7 @@ def test_dit(tmp_path, monkeypatch, name):
     checkpoint = evaluate.with_tokenizer(name, load_checkpoint(FILES[name]),
                                          load_checkpoint(tokenizer))
     codec = train.load_codec(checkpoint["tokenizer"], [16, 16], CPU)
-    model = evaluate.build_generator(name, checkpoint, "ema").eval()
+    model = train.build_network(checkpoint).eval()
     randn = torch.randn
     for run, settings in g.meta["runs"].items():
         scale, start = settings["cfg_scale"], settings["cfg_interval_start"]
