@@ -599,51 +599,44 @@ def micro_batch_size(batch_size, world, grad_accum):
     return batch_size // (world * grad_accum)
 
 
-class Batches:
-    """Sampler of this process's micro-batches of (index, epoch) from step `start` on, endless.
+def batch_keys(length, batch_size, start, seed, rank=0, world=1, grad_accum=1):
+    """The keys (index, epoch) of this process's micro-batches from step `start` on: endless lists.
 
     The epochs' permutations, each from (seed, epoch), make one endless list. Step s takes places
     s*B to (s+1)*B of it, and process r the r-th part of those. So any number of processes sees
     the same images, and only the step must be remembered.
     """
+    @functools.lru_cache(2)
+    def permutation(epoch):
+        return np.random.default_rng([seed, epoch]).permutation(length)
 
-    def __init__(self, length, batch_size, start, seed, rank=0, world=1, grad_accum=1):
-        if batch_size > length:
-            raise UsageError(f"--batch-size {batch_size} is larger than the {length} training "
-                             "images: lower it")
-        self.length, self.batch_size, self.start, self.seed = length, batch_size, start, seed
-        self.size = micro_batch_size(batch_size, world, grad_accum)
-        self.micro_batches = range(rank * grad_accum, (rank + 1) * grad_accum)
-        self.permutation = functools.lru_cache(2)(self.permutation)
-
-    def permutation(self, epoch):
-        return np.random.default_rng([self.seed, epoch]).permutation(self.length)
-
-    def __iter__(self):
-        for step in itertools.count(self.start):
-            for number in self.micro_batches:
-                first = step * self.batch_size + number * self.size
-                keys = []
-                for place in range(first, first + self.size):
-                    epoch, position = divmod(place, self.length)
-                    keys.append((int(self.permutation(epoch)[position]), epoch))
-                yield keys
+    size = micro_batch_size(batch_size, world, grad_accum)
+    for step in itertools.count(start):
+        for number in range(rank * grad_accum, (rank + 1) * grad_accum):
+            first = step * batch_size + number * size
+            places = [divmod(place, length) for place in range(first, first + size)]
+            yield [(int(permutation(epoch)[position]), epoch) for epoch, position in places]
 
 
 def load_batches(args, processes, dataset, start):
     """Endless iterator of this process's micro-batches of `dataset`, from step `start` on."""
-    batches = Batches(len(dataset), args.batch_size, start, args.seed, processes.rank,
+    if args.batch_size > len(dataset):
+        raise UsageError(f"--batch-size {args.batch_size} is larger than the {len(dataset)} "
+                         "training images: lower it")
+    keys = batch_keys(len(dataset), args.batch_size, start, args.seed, processes.rank,
                       processes.world, args.grad_accum)
-    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers(args, processes),
-                           pin_memory=processes.device.type == "cuda",
+    return load(args, processes, dataset, keys)
+
+
+def load(args, processes, dataset, keys):
+    """Iterator of the batches of `dataset` at each list of `keys`. Processes that decode images:
+    --num-workers, or 8 for a GPU and 0 for a CPU."""
+    on_gpu = processes.device.type == "cuda"
+    workers = args.num_workers
+    if workers is None:
+        workers = 8 if on_gpu else 0
+    return iter(DataLoader(dataset, batch_sampler=keys, num_workers=workers, pin_memory=on_gpu,
                            worker_init_fn=ignore_interrupts))
-
-
-def workers(args, processes):
-    """How many processes decode images: --num-workers, or 8 for a GPU and 0 for a CPU."""
-    if args.num_workers is not None:
-        return args.num_workers
-    return 8 if processes.device.type == "cuda" else 0
 
 
 def ignore_interrupts(worker):
@@ -1075,12 +1068,10 @@ def write_tokens(parts, args, processes, tokenizer, images, split, shape, dtype,
     mine = [*parts.items()][processes.rank::processes.world]
     missing = [(path, part) for path, part in mine
                if open_cache(path, (len(part), *shape[1:]), dtype, size) is None]
-    batches = [part[i:i + batch] for _, part in missing for i in range(0, len(part), batch)]
-    loader = iter(DataLoader(AllViews(images, shape[1]), batch_sampler=batches,
-                             num_workers=workers(args, processes),
-                             worker_init_fn=ignore_interrupts))
+    keys = [part[i:i + batch] for _, part in missing for i in range(0, len(part), batch)]
+    loader = load(args, processes, AllViews(images, shape[1]), keys)
     count = sum(len(part) for _, part in mine)
-    with tqdm(total=count, initial=count - sum(map(len, batches)), desc=f"encoding {split}",
+    with tqdm(total=count, initial=count - sum(map(len, keys)), desc=f"encoding {split}",
               unit="image", disable=processes.quiet()) as bar:
         for path, part in missing:
             blocks = []

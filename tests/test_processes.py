@@ -279,8 +279,9 @@ codec = train.load_codec(state, [16, 24], processes.device)
 views, opened = train.Images.views, []
 train.Images.views = lambda images, i, numbers: opened.append(i) or views(images, i, numbers)
 train.cached_tokens(flags, processes, state, codec, images, "train", 64)
-print(processes.rank, len(walked) > 0, refused, mapped, [str(path) for path in images.source.paths],
-      opened, sep=";", flush=True)
+fields = [processes.rank, len(walked) > 0, refused, mapped,
+          [str(path) for path in images.source.paths], opened]
+sys.stdout.write(";".join(map(str, fields)) + chr(10))  # at once: two processes share it
 train.dist.destroy_process_group()
 """
 
