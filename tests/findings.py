@@ -370,6 +370,13 @@ def lines_of_claims(question=None):
 IFSQ, FSQ = tokenizer(), tokenizer("--alpha", 2.0)
 LLAMAGEN, DIT = (generator(model, ()) for model in MODELS)
 ALIGNED_LLAMAGEN, ALIGNED_DIT = (generator(model, aligned()) for model in MODELS)
+
+
+def with_adamw(run):
+    """The same generator, trained with AdamW."""
+    return generator(run.model, (*run.flags, *ADAMW))
+
+
 PSNR, SHARE, ENTROPY = "PSNR, dB", "class share", "entropy / log2 of the codes"
 RFD = "rFD, pretrained features"
 OF_CHANNELS, SCALE = "entropy of a channel / log2 L", "std of the latents times alpha"
@@ -438,6 +445,18 @@ CLAIMS = [
           "Whether LlamaGen or DiT is ahead after equal data is undecided.", LATE, headline=True),
     Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
           "Whose samples are nearer to the reconstructions is undecided.", LATE),
+    Claim("models", "undecided", SHARE, LLAMAGEN, DIT,
+          "Which is ahead after twice the steps is undecided, too.", 2 * LATE),
+    Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
+          "So it is for the distance to the reconstructions.", 2 * LATE),
+    Claim("optimizer", "higher", BITS, with_adamw(LLAMAGEN), LLAMAGEN,
+          "LlamaGen learns more slowly with AdamW than with Muon.", LATE, headline=True),
+    Claim("optimizer", "lower", BITS, with_adamw(ALIGNED_LLAMAGEN), with_adamw(LLAMAGEN),
+          "With AdamW, too, alignment lowers LlamaGen's validation loss.", LATE, headline=True),
+    Claim("optimizer", "higher", SHARE, with_adamw(ALIGNED_LLAMAGEN), with_adamw(LLAMAGEN),
+          "With AdamW, too, more of an aligned LlamaGen's samples show their class.", LATE),
+    Claim("optimizer", "lower", TO_REBUILT, with_adamw(ALIGNED_LLAMAGEN), with_adamw(LLAMAGEN),
+          "With AdamW they also come nearer to the reconstructions.", LATE),
 ]
 
 
