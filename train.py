@@ -37,6 +37,7 @@ import copy
 import csv
 import errno
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -2932,6 +2933,7 @@ def guarded(program, function):
         text = OUT_OF_MEMORY
     finally:
         if dist.is_initialized():
+            gc.collect()  # what still holds a group of --fsdp would leave its threads behind
             dist.destroy_process_group()
     print(f"{program}: {' '.join(text.split())[:480]}", file=sys.stderr)
     sys.exit(code)
