@@ -926,6 +926,12 @@ class Tokens(Dataset):
     def __init__(self, array, images):
         self.array, self.images, self.labels = array, images, images.labels
 
+    def __getstate__(self):  # a loader that is not forked opens the file, and gets no copy
+        return {**vars(self), "array": self.array.filename}
+
+    def __setstate__(self, state):
+        vars(self).update(state, array=np.lib.format.open_memmap(state["array"], "r"))
+
     def __len__(self):
         return len(self.array)
 

@@ -1,5 +1,6 @@
 """Stage two of train.py, and sampling: the token cache, both generators, samples that repeat."""
 import json
+import pickle
 from argparse import Namespace
 from pathlib import Path
 
@@ -175,6 +176,11 @@ def test_cache_holds_the_tokens_of_every_view(tokenizers, tmp_path):
     assert {tuple(drawn[7, epoch][0].tolist()) for epoch in range(30)} == {
         tuple(view) for view in tokens.array[7].tolist()}  # every view turns up
     assert drawn[7, 0][0].dtype == torch.int64 and drawn[7, 0][1] == 7
+    sent = pickle.dumps(tokens)  # to a loader process that is not forked
+    assert torch.equal(pickle.loads(sent)[7][0], tokens[7][0])
+    large = train.Tokens(np.lib.format.open_memmap(tmp_path / "large.npy", "w+", shape=(10**6,)),
+                         images)
+    assert len(pickle.dumps(large)) < len(sent) + 100
 
 
 def test_cache_is_reused_and_keyed(tokenizers, tmp_path, monkeypatch):
