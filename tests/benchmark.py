@@ -338,7 +338,7 @@ def statistics(count):
 
 def metrics(limits, args):
     flags = argparse.Namespace(inception="random", preprocessing="tf1", pretrained=None)
-    network = evaluate.load_inception(flags, train.Processes(0, 1, DEVICE, torch.float32))
+    network = evaluate.load_inception(flags, train.ALONE._replace(device=DEVICE))
     images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:
@@ -402,8 +402,9 @@ def copied(function):
 
 def scale(limits, args, classes=100, count=2_000):
     """A folder of many (empty) files, and a token cache that is encoded in two goes."""
-    alone, total = train.Processes(0, 1, DEVICE, torch.float32), classes * count
-    checkpoint = {"network": train.tokenizer_arguments(parse("--model", "tokenizer"))}
+    alone, total = train.ALONE._replace(device=DEVICE), classes * count
+    network = train.tokenizer_arguments(parse("--model", "tokenizer"))
+    checkpoint = {"kind": "tokenizer", "network": network}
     checkpoint["ema"] = Tokenizer(**checkpoint["network"]).state_dict()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(total):
