@@ -377,6 +377,11 @@ def with_adamw(run):
     return generator(run.model, (*run.flags, *ADAMW))
 
 
+def weighted(model, weight):
+    """A generator aligned at layer 4 with this weight."""
+    return generator(model, with_weight(model, weight))
+
+
 PSNR, SHARE, ENTROPY = "PSNR, dB", "class share", "entropy / log2 of the codes"
 RFD = "rFD, pretrained features"
 OF_CHANNELS, SCALE = "entropy of a channel / log2 L", "std of the latents times alpha"
@@ -462,6 +467,20 @@ CLAIMS = [
           "Which is ahead after twice the steps is undecided, too.", 2 * LATE),
     Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
           "So it is whose samples are nearer to the reconstructions then.", 2 * LATE),
+    Claim("repa-weight", "higher", SHARE, weighted("llamagen", 2), weighted("llamagen", 0.5),
+          "A weight of 2 raises LlamaGen's class share more than 0.5.", EARLY, headline=True),
+    Claim("repa-weight", "undecided", BITS, weighted("llamagen", 2), weighted("llamagen", 0.5),
+          "Whether it lowers the loss more is undecided.", EARLY),
+    Claim("repa-weight", "higher", SHARE, weighted("dit", 2), weighted("dit", 0.5),
+          "DiT's class share, too, rises more with a weight of 2.", EARLY, headline=True),
+    Claim("repa-weight", "undecided", ERROR, weighted("dit", 2), weighted("dit", 0.5),
+          "Whether DiT's loss falls more is undecided.", EARLY),
+    Claim("repa-weight", "undecided", TO_REBUILT, weighted("llamagen", 2),
+          weighted("llamagen", 0.5),
+          "With which weight LlamaGen's samples are nearer to the reconstructions is undecided.",
+          EARLY),
+    Claim("repa-weight", "undecided", TO_REBUILT, weighted("dit", 2), weighted("dit", 0.5),
+          "So it is for DiT's.", EARLY),
     Claim("optimizer", "higher", BITS, with_adamw(LLAMAGEN), LLAMAGEN,
           "LlamaGen has a higher loss with AdamW than with Muon.", LATE, headline=True),
     Claim("optimizer", "higher", TO_REBUILT, with_adamw(LLAMAGEN), LLAMAGEN,
