@@ -377,6 +377,11 @@ def with_adamw(run):
     return generator(run.model, (*run.flags, *ADAMW))
 
 
+def at_layer(model, layer):
+    """A generator aligned at this layer, with its preset's weight."""
+    return generator(model, aligned(layer))
+
+
 def weighted(model, weight):
     """A generator aligned at layer 4 with this weight."""
     return generator(model, with_weight(model, weight))
@@ -467,6 +472,20 @@ CLAIMS = [
           "Which is ahead after twice the steps is undecided, too.", 2 * LATE),
     Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
           "So it is whose samples are nearer to the reconstructions then.", 2 * LATE),
+    Claim("repa-layer", "higher", BITS, at_layer("llamagen", 2), at_layer("llamagen", 4),
+          "LlamaGen's loss is higher with layer 2 aligned than with layer 4.", EARLY),
+    Claim("repa-layer", "lower", BITS, at_layer("llamagen", 8), at_layer("llamagen", 4),
+          "It is lower with layer 8.", EARLY, headline=True),
+    Claim("repa-layer", "undecided", SHARE, at_layer("llamagen", 8), at_layer("llamagen", 4),
+          "Whether more samples show their class with layer 8 than with 4 is undecided.", EARLY),
+    Claim("repa-layer", "undecided", SHARE, at_layer("llamagen", 2), at_layer("llamagen", 8),
+          "So it is for layers 2 and 8.", EARLY),
+    Claim("repa-layer", "undecided", ERROR, at_layer("dit", 2), at_layer("dit", 4),
+          "Whether DiT's loss differs between layers 2 and 4 is undecided.", EARLY),
+    Claim("repa-layer", "undecided", ERROR, at_layer("dit", 8), at_layer("dit", 4),
+          "So it is for layers 8 and 4.", EARLY),
+    Claim("repa-layer", "undecided", SHARE, at_layer("dit", 8), at_layer("dit", 4),
+          "Whether more of DiT's samples show their class with layer 8 is undecided, too.", EARLY),
     Claim("repa-weight", "higher", SHARE, weighted("llamagen", 2), weighted("llamagen", 0.5),
           "A weight of 2 raises LlamaGen's class share more than 0.5.", EARLY, headline=True),
     Claim("repa-weight", "undecided", BITS, weighted("llamagen", 2), weighted("llamagen", 0.5),
