@@ -497,7 +497,7 @@ def find_judge(checkpoint, args, processes):
 
 class Uncropped(Dataset):
     """Images in their own sizes, of files or of an array (N,H,W,3) uint8: index -> (3,H,W) uint8
-    and, as with Images, a label."""
+    and, as with Images, a label, which is always 0."""
 
     def __init__(self, source):
         self.source = source
@@ -885,7 +885,7 @@ def precision_recall(real, fake, k=3):
 # ---- The Inception network ----------------------------------------------------------------------
 
 def with_pool(pool, block, x):
-    """What a block of torchvision's gives, but that its last branch sees pool(x)."""
+    """What torchvision's block gives, but that its last branch, computed again, sees pool(x)."""
     *branches, _ = block._forward(x)
     return torch.cat([*branches, block.branch_pool(pool(x))], 1)
 

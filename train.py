@@ -541,8 +541,8 @@ class RandomCrops(Dataset):
 
 
 def open_sources(data, splits, image_size, skip_bad, processes=None):
-    """--data -> a source of (PIL image, class) for each split. Rank 0 lists a folder
-    once, for all splits and `processes`. The processes of a machine share the list in memory."""
+    """--data -> a source of (PIL image, class) for each split. Rank 0 lists a folder once, for all
+    splits and `processes`. The processes of a machine share the list in memory."""
     processes = processes or ALONE
     if processes.world > 1 and data in BUILT_IN:
         with processes.in_turn():  # the first process downloads, the others find it there
@@ -1845,7 +1845,7 @@ class Processes(NamedTuple):
                                  "that all machines share")
 
 
-ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
+ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)  # a program without torchrun
 
 
 def start_processes(args, tf32=True):

@@ -155,7 +155,7 @@ def with_weight(model, weight):
     return aligned(4, weight) if weight else ()
 
 
-# The steps at which generators are compared: layers and weights of alignment early, all else late.
+# The steps at which generators are compared: layers and weights of alignment early, most else late.
 EARLY, LATE = 200, 400
 ADAMW = ("--optimizer", "adamw")
 LEVELS = (3, 5, 9, 17, 65)
@@ -471,11 +471,11 @@ CLAIMS = [
     Claim("models", "undecided", SHARE, LLAMAGEN, DIT,
           "Which is ahead after twice the steps is undecided, too.", 2 * LATE),
     Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
-          "So it is whose samples are nearer to the reconstructions then.", 2 * LATE),
+          "So is whose samples are nearer to the reconstructions then.", 2 * LATE),
     Claim("repa-layer", "higher", BITS, at_layer("llamagen", 2), at_layer("llamagen", 4),
           "LlamaGen's loss is higher with layer 2 aligned than with layer 4.", EARLY),
     Claim("repa-layer", "lower", BITS, at_layer("llamagen", 8), at_layer("llamagen", 4),
-          "It is lower with layer 8.", EARLY, headline=True),
+          "With layer 8 it is lower than with layer 4.", EARLY),
     Claim("repa-layer", "undecided", SHARE, at_layer("llamagen", 8), at_layer("llamagen", 4),
           "Whether more samples show their class with layer 8 than with 4 is undecided.", EARLY),
     Claim("repa-layer", "undecided", SHARE, at_layer("llamagen", 2), at_layer("llamagen", 8),

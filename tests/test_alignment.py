@@ -58,8 +58,7 @@ def test_the_teacher_sees_the_crops_that_became_tokens(tokenizers, tmp_path):
     args = Namespace(cache_dir=tmp_path / "cache", data=str(data), num_workers=0)
     codec = train.load_codec(checkpoint, [16, 24], CPU)
     images = open_images(str(data), "train", [16, 24])
-    tokens = train.cached_tokens(args, train.ALONE, checkpoint, codec,
-                                 images, "train", 4)
+    tokens = train.cached_tokens(args, train.ALONE, checkpoint, codec, images, "train", 4)
     views = train.RandomViews(tokens, seed=0, with_pixels=True)
     pictures = set()
     for index in range(4):

@@ -124,6 +124,14 @@ def test_what_the_page_says_of_tokenizers_near_the_floor():
             assert (margin < 0) == ("vq" in path.name), path.name
 
 
+def test_what_the_page_says_of_the_classifier():
+    for reports in findings.all_reports():
+        shares = {json.loads(path.read_text())["results"]["class_share"]["real"]
+                  for path in reports.folder.glob("*.json") if "tokenizer" not in path.name}
+        share, = shares  # one judge for all
+        assert f"right about {share:.1%}" in findings.PAGE.read_text()
+
+
 def test_what_the_page_says_of_bits():
     """Each bit a channel buys less PSNR than the one before."""
     for reports in findings.all_reports():
