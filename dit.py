@@ -415,9 +415,10 @@ def flow_matching_loss(model, x1, labels, noise, t, cosine=True, drop=None, hidd
 # ---- The sampler: follow dx/dt = velocity(x, t) from noise at t=0 to data at t=1 ----
 
 def time_grid(steps, timestep_shift=1.0):
-    """The steps + 1 times from 0 to 1 as floats: uniform t -> s*t / (s*t + 1 - t), s the shift.
+    """The steps + 1 times from 0 to 1: uniform t -> s*t / (1 + (s-1)*t), where s is the shift.
 
-    s = 1 is uniform, and so is 0, the public code's "no shift". s < 1 takes small steps near the
+    They are rounded to float32, as in the public code, where a step may lie on the very edge of
+    cfg_interval. s = 1 is uniform, and so is 0, the public code's "no shift". s < 1 takes small steps near the
     noise, s > 1 near the data. In arXiv 2403.03206 t runs the other way and the shift is 1/s.
     Raises ValueError unless steps >= 1 and s >= 0.
     """
@@ -425,8 +426,8 @@ def time_grid(steps, timestep_shift=1.0):
         raise ValueError(f"steps {steps} and timestep_shift {timestep_shift}: need steps >= 1 and "
                          "a shift >= 0 (1 or 0 = uniform)")
     shift = timestep_shift or 1.0
-    uniform = [k / steps for k in range(steps + 1)]
-    return [shift * t / (shift * t + (1 - t)) for t in uniform]
+    t = torch.linspace(0, 1, steps + 1)                        # (steps + 1,)
+    return [*(shift * t / (1 + (shift - 1) * t)).tolist()[:-1], 1.0]
 
 
 def guided_velocity(model, x, t, labels, cfg_scale, guide_channels=None):
@@ -467,6 +468,7 @@ def sample(model, noise, labels, steps=250, sampler="euler", cfg_scale=1.0,
         raise ValueError(f'unknown sampler "{sampler}": choose "euler" or "heun"')
     if not 0 <= lo <= hi <= 1:
         raise ValueError(f"cfg_interval ({lo}, {hi}) must satisfy 0 <= lo <= hi <= 1")
+    lo, hi = torch.tensor([lo, hi]).tolist()                   # float32, as the times are
 
     def velocity(x, time):
         t = torch.full((len(x),), time, dtype=torch.float32, device=x.device)  # (B,)

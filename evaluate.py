@@ -29,6 +29,7 @@ training images. Both are biased upward, the more so the fewer the images: below
 are rfid@N and gfid@N. KID has no bias.
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -56,11 +57,11 @@ import repa
 from tokenizer import load_lpips, psnr, published
 from train import (BUILT_IN, COUNT, TASKS, WEIGHT, WHOLE, Parser, UsageError, batch_of,
                    build_network, building, cached_tokens, check_compiler, compile_networks,
-                   draw_reconstructions, find_images, guarded, load_checkpoint, load_codec,
-                   load_teacher, load_weights, measure_tokenizer, number, open_images, plain_args,
-                   read_file, read_image, read_teacher, readable, sample_pictures,
-                   sampling_settings, seed_of, slope, spread, start_processes, to_float,
-                   validate_generator)
+                   counted, draw_reconstructions, find_images, fingerprint, guarded,
+                   load_checkpoint, load_codec, load_teacher, load_weights, measure_tokenizer,
+                   number, open_images, plain_args, read_file, read_image, read_teacher, readable,
+                   sample_pictures, sampling_settings, seed_of, slope, spread, start_processes,
+                   to_float, validate_generator)
 
 METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
 SAMPLING = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler",
@@ -363,14 +364,16 @@ def choose_labels(args, classes):
     if args.labels == "random":
         generator = torch.Generator().manual_seed(seed_of(args.seed, -1))
         return torch.randint(len(classes), (count,), generator=generator)
+    if count < len(classes):
+        return spread(classes, count)
     return torch.arange(count) % len(classes)
 
 
 def open_evaluation(checkpoint, args, processes, **kwargs):
     """(data, split, Images) on which a checkpoint is evaluated.
 
-    The validation split, unless --split says otherwise. A folder that was not trained on and has
-    no train/ and val/ is taken whole.
+    The validation split, unless --split says otherwise. A folder that was not trained on, neither
+    there nor in another place, and has no train/ and val/ is taken whole.
     """
     trained = checkpoint["args"]
     data, split = args.data or trained["data"], args.split or "val"
@@ -381,12 +384,13 @@ def open_evaluation(checkpoint, args, processes, **kwargs):
         return open_images(data, split, trained["image_size"], skip_bad=args.skip_bad_images,
                            processes=processes, **kwargs)
 
+    if not args.split and data not in BUILT_IN:
+        images = opened("all")
+        moved = fingerprint(images) == checkpoint.get("fingerprint")
+        same = trained["data"] and Path(data).resolve() == Path(trained["data"]).resolve()
+        if not (moved or same or images.source.has_split):
+            split = "all"
     images = opened(split)
-    foreign = data not in BUILT_IN and (
-        trained["data"] is None or Path(data).resolve() != Path(trained["data"]).resolve())
-    if foreign and not args.split and not images.source.has_split:
-        split = "all"
-        images = opened(split)
     processes.say(f"{data}: {images.source.about}")
     return data, split, images
 
@@ -584,9 +588,12 @@ def open_set(source, args, processes, crop_to=None, split="all"):
                 "crop": f"{crop_to[0]} x {crop_to[1]}, centre (ADM)"}, {}, chosen
     if not Path(source).is_dir():
         raise UsageError(f"{source}: no such folder")
-    paths = find_images(Path(source))
+    left_out = {}
+    paths = find_images(Path(source), left_out)
     if not paths:
         raise UsageError(f"{source}: no images in it")
+    if left_out:
+        processes.say(f"{source}: left out {counted(left_out)}")
     if args.skip_bad_images:
         paths.names = paths.names[readable(paths, processes)]
     return {"name": str(source), "crop": "none"}, {}, Uncropped(paths)
@@ -1181,16 +1188,33 @@ def report_name(path):
     return f"{path.parent.name}-{path.stem}"
 
 
-def free_name(name, paths, out, used):
-    """`name`, or name-2, ... if it is `used`, or another report in `out` has it."""
+@contextlib.contextmanager
+def free_name(name, paths, args, processes, used):
+    """Within it, the name of a report: `name`, or name-2, ... if it is `used`, or a report of other
+    paths has it. A file without results keeps it for this call: others may be measuring, too."""
+    paths = paths_of(paths)
+    unfinished = json.dumps({"paths": paths})
+    args.out.mkdir(parents=True, exist_ok=True)
     for i in itertools.count(1):
         candidate = name if i == 1 else f"{name}-{i}"
-        try:
-            known = json.loads((out / f"{candidate}.json").read_text()).get("paths")
-        except (OSError, ValueError, AttributeError):
-            known = None
-        if candidate not in used and known in (None, paths_of(paths)):
-            return candidate
+        file = args.out / f"{candidate}.json"
+        if processes.rank == 0 and not file.exists():
+            file.write_text(unfinished)
+        if processes.agree(candidate not in used and paths_in(file) in (None, paths)):
+            break
+    try:
+        yield candidate
+    finally:
+        if processes.rank == 0 and file.read_bytes() == unfinished.encode():
+            file.unlink()
+
+
+def paths_in(file):
+    """The paths that a report is of, or None if it is none."""
+    try:
+        return json.loads(file.read_text()).get("paths")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def without_nan(tree):
@@ -1255,7 +1279,6 @@ def print_table(rows):
 def write_report(name, report, args, processes):
     """Write OUT/NAME.json, on rank 0."""
     if processes.rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(without_nan(report), indent=1, allow_nan=False)
         (args.out / f"{name}.json").write_text(text)
 
@@ -1495,25 +1518,24 @@ def evaluate(args):
     if sets:
         report = evaluate_sets(args, processes)
         name = "-".join("-".join(Path(p).parts[-2:]) for p in args.checkpoints)
-        name = free_name(name.replace("/", "").replace(".npz", ""), args.checkpoints, args.out,
-                         reports)
+        name = name.replace("/", "").replace(".npz", "")
         if report:
-            reports[name] = report
-            write_report(name, report, args, processes)
+            with free_name(name, args.checkpoints, args, processes, reports) as name:
+                reports[name] = report
+                write_report(name, report, args, processes)
     else:
         network, note = try_inception(args, processes)
         teacher = probe_teacher(args, checkpoints, processes) if args.probe else None
         generators, references = kinds - {"tokenizer"}, {}
-        args.out.mkdir(parents=True, exist_ok=True)
         for path, checkpoint in checkpoints.items():
-            name = processes.agree(free_name(report_name(path), [path], args.out, reports))
-            if checkpoint["kind"] == "tokenizer":
-                reports[name] = evaluate_tokenizer(path, checkpoint, name, args, processes,
-                                                   network)
-            else:
-                reports[name] = evaluate_generator(path, checkpoint, name, args, processes,
-                                                   network, references, teacher, generators)
-            write_report(name, reports[name], args, processes)
+            with free_name(report_name(path), [path], args, processes, reports) as name:
+                if checkpoint["kind"] == "tokenizer":
+                    report = evaluate_tokenizer(path, checkpoint, name, args, processes, network)
+                else:
+                    report = evaluate_generator(path, checkpoint, name, args, processes, network,
+                                                references, teacher, generators)
+                reports[name] = report
+                write_report(name, report, args, processes)
     if processes.rank == 0:
         print_reports(reports, args)
         if note:

@@ -490,9 +490,8 @@ def released_arguments(weights, heads=None):
         if key not in weights:
             raise ValueError(f"this is not a class-conditional LlamaGen: it has no {key}")
     vocab_sizes = [len(weights[key]) for key in weights if key.startswith("output.")]
-    if len(set(vocab_sizes)) != 1:
-        raise ValueError(f"this LlamaGen has digits of {vocab_sizes} values: only groups of equal "
-                         "size can be loaded")
+    if not vocab_sizes:
+        raise ValueError("this LlamaGen has no output.weight")
     layers = {key.split(".")[1] for key in weights if key.startswith("layers.")}
     head_layers = {key.split(".")[1] for key in weights if key.startswith("factorized_blocks.")}
     depth, dim = len(layers), len(weights["norm.weight"])
@@ -512,8 +511,10 @@ def released_arguments(weights, heads=None):
 
 
 def released_weights(weights, model=None):
-    """A public state dict for strict loading: without `projectors.*`, which belong to REPA.
+    """A public state dict for strict loading: without `projectors.*`, which belong to REPA, and
+    without what is computed anew, the tables of RoPE and the caches of a sampler.
 
     `model` is accepted as in dit.py but not used: a LlamaGen has no fixed buffers.
     """
-    return {key: w for key, w in weights.items() if not key.startswith("projectors.")}
+    return {key: w for key, w in weights.items()
+            if not key.startswith(("projectors.", "freqs_cis")) and ".kv_cache." not in key}

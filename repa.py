@@ -234,10 +234,13 @@ def dinov2_url(name):
 def load_dinov2(name_or_path, folder):
     """A frozen DINOv2 from a file, or by name: "dinov2_vitb14", "dinov2_vitb14_reg", ...
 
-    The file of a name is looked up in `folder`, and downloaded into it if it is not there.
+    The file of a name is looked up in `folder`, and downloaded into it if it is not there. A file
+    that has been moved into `folder` is found there, too.
     Raises ValueError, in one line, if the name is unknown or the weights cannot be loaded.
     """
     path = Path(name_or_path)
+    if not path.is_file() and Path(folder, path.name).is_file():
+        path = Path(folder, path.name)
     source = str(path) if path.is_file() else dinov2_url(str(name_or_path))
     try:
         if path.is_file():

@@ -602,7 +602,9 @@ def released_arguments(weights, config=None, levels=None, alpha=None):
         raise ValueError(f"not the weights of a public iFSQ tokenizer: no {error}") from error
     multipliers = [width // hidden for width in widths]
     arguments = {"hidden": hidden, "multipliers": multipliers, "num_res_blocks": len(blocks),
-                 "z_channels": z_channels, "num_groups": 32}
+                 "z_channels": z_channels, "num_groups": 32,
+                 "attn_levels": [i for i in range(len(widths))
+                                 if f"encoder.down.{i}.attn.0.norm.weight" in shapes]}
     if "quantize.embedding.weight" in shapes:
         size = shapes["quantize.embedding.weight"][0]
         arguments.update(quantizer="vq", levels=[17] * d, codebook_size=size)  # only d counts
@@ -635,7 +637,8 @@ def released_quantizer(weights, config, levels, alpha):
             raise ValueError(f"the weights have levels {levels}, config.json {config['levels']}")
     if levels is None:
         levels = config.get("levels")
-    if not config.get("do_simple_bound", True):  # the FSQ of Mentzer et al., which has no act_fun
+    # Where it is not said, the public code takes the FSQ of Mentzer et al., which has no slope.
+    if not config.get("do_simple_bound", "act_fun" not in config):
         edges = "original"
         alpha = alpha or 2.0
     if alpha is None and "act_fun" in config:

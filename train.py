@@ -43,8 +43,10 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -196,7 +198,7 @@ SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".
             ".webp"}
 FLAT = "images"  # the class of a folder without class folders
 TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation")
-LEFTOVERS = (".", "@", "#recycle", "$RECYCLE", "__MACOSX", "lost+found")
+LEFTOVERS = (".", "@eaDir", "@tmp", "@Rec", "#recycle", "$RECYCLE", "__MACOSX", "lost+found")
 
 
 def is_hidden(name):
@@ -209,9 +211,9 @@ def is_image(name):
 
 
 def subfolders(folder):
-    """The visible folders in a folder, sorted by name."""
+    """The visible folders in a folder, sorted by name. OSError for a link that leads nowhere."""
     return sorted(Path(p) for p in os.scandir(folder) if not is_hidden(p.name)
-                  and (os.path.isdir(p) if p.is_symlink() else p.is_dir()))
+                  and (stat.S_ISDIR(os.stat(p).st_mode) if p.is_symlink() else p.is_dir()))
 
 
 def walk_images(folder, left_out=None, top=None):
@@ -219,7 +221,8 @@ def walk_images(folder, left_out=None, top=None):
     once, and a link to a folder above it not at all.
 
     left_out: a dictionary that counts the other files by suffix. top: the folder, this one or one
-    above, that the names begin from. A folder that may not be read raises PermissionError.
+    above, that the names begin from. A folder that may not be read, or a link that leads nowhere,
+    raises OSError.
     """
     def refuse(error):
         raise error
@@ -236,10 +239,18 @@ def walk_images(folder, left_out=None, top=None):
         for name in files:
             if is_image(name):
                 yield below + name
-            elif left_out is not None:
+                continue
+            if not is_hidden(name):
+                os.stat(os.path.join(where, name))
+            if left_out is not None:
                 suffix = os.path.splitext(name)[1].lower()
                 kind = "hidden" if is_hidden(name) else suffix or "no suffix"
                 left_out[kind] = left_out.get(kind, 0) + 1
+
+
+def counted(left_out):
+    """What `walk_images` counted, in words."""
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(left_out.items())[:6])
 
 
 class Paths:
@@ -277,15 +288,29 @@ def unwrapped(folder):
         return inside[0]
 
 
+def begins_with(name, words):
+    """Whether a name is one of the words with something after it: train2017, val_images."""
+    return re.match(rf"({'|'.join(words)})[\W\d_]", name)
+
+
 def find_splits(folder):
     """(folder of training images, folder of validation images or None) of a data set's folder.
 
-    Takes train/ and val/ in any case, or training/ and validation/. A folder that holds nothing
-    but one folder of folders stands for that one.
+    Takes train/ and val/ in any case, or training/ and validation/, or a pair such as train2017/
+    and val2017/. A folder that holds nothing but one folder of folders stands for that one.
     """
     by_name = {p.name.lower(): p for p in subfolders(folder)}
     train = next((by_name[name] for name in TRAIN_NAMES if name in by_name), None)
     val = next((by_name[name] for name in VAL_NAMES if name in by_name), None)
+    if not train and not val:
+        like_train, like_val = ([p for name, p in by_name.items() if begins_with(name, words)]
+                                for words in (TRAIN_NAMES, VAL_NAMES))
+        if like_train and like_val:
+            if len(like_train) + len(like_val) > 2:
+                names = ", ".join(p.name for p in like_train + like_val)
+                raise UsageError(f"--data {folder}: which of {names} are meant? Keep one folder to "
+                                 "train on and one for validation")
+            (train,), (val,) = like_train, like_val
     if train and not val:
         val = by_name.get("test")
     if train or val:
@@ -312,6 +337,10 @@ class Folder(Dataset):
         parts = [self.by_class(part) for part in (train, val) if part]
         self.classes = sorted(parts[0])
         unknown = sorted(parts[-1].keys() - parts[0].keys())
+        if unknown == [FLAT]:
+            raise UsageError(f"--data {folder}: {val.name}/ has no folders of {train.name}/'s "
+                             "classes with images in them: sort its images into such folders, or "
+                             f"move it elsewhere")
         if unknown:
             raise UsageError(f"--data {folder}: classes in {val.name}/ but not in {train.name}/: "
                              f"{', '.join(unknown[:5])}")
@@ -319,24 +348,31 @@ class Folder(Dataset):
                   if name in part]
         counts = [len(paths) for _, paths in groups]
         self.paths = Paths(self.folder, np.concatenate([paths.names for _, paths in groups]))
+        self.fingerprint = self.names_and_samples()
         self.targets = np.repeat(np.int32([label for label, _ in groups]), counts)           # (N,)
         self.held_out = self.every_tenth(counts)                                             # (N,)
         if val:
             self.held_out = np.arange(len(self)) >= sum(map(len, parts[0].values()))
         self.rule, self.about = f"{train.name}/ and {val.name}/" if val else "", ""
-        if train.name.lower() in TRAIN_NAMES + VAL_NAMES:
+        if train.name.lower() in TRAIN_NAMES + VAL_NAMES and train != self.folder:
             beside = [p.name for p in sorted(train.parent.iterdir())
                       if p not in (train, val) and not is_hidden(p.name) and holds_images(p)]
+            if beside and not val and self.classes == [FLAT]:
+                raise UsageError(f"--data {folder}: is {train.name}/ for training, or a class as "
+                                 f"{beside[0]}/ is? Rename it, or name --data {train}")
             if beside:
                 self.about += f"; not used: {', '.join(beside[:6])}"
         if self.left_out:
-            others = ", ".join(f"{n} {kind}" for kind, n in sorted(self.left_out.items())[:6])
-            self.about += f"; left out: {others}"
+            self.about += f"; left out: {counted(self.left_out)}"
 
     def by_class(self, folder):
         """{class name: sorted Paths} of one folder."""
         while inner := unwrapped(folder):
             folder = inner
+        for p in subfolders(folder):
+            if (p / "train").is_dir() and ((p / "val").is_dir() or (p / "test").is_dir()):
+                raise UsageError(f"--data {folder}: {p.name}/ has a train/ of its own: put train/ "
+                                 f"and val/ on top and the classes into them, or name --data {p}")
         folders = {p.name: find_images(p, self.left_out, self.folder) for p in subfolders(folder)}
         classes = {name: paths for name, paths in folders.items() if paths}
         side_by_side = [p for p in sorted(folder.iterdir() if classes else ())
@@ -347,6 +383,15 @@ class Folder(Dataset):
                 f"next to folders with images (such as {next(iter(classes))}/): move them into a "
                 "folder of their class, or all images into one folder")
         return classes or {FLAT: find_images(folder, self.left_out, self.folder)}
+
+    def names_and_samples(self):
+        """A hash of all names and of some contents, by which the folder is known if it moves."""
+        digest = hashlib.sha256(b"\0".join(self.paths.names))
+        for index in spread(self.paths, 50).tolist():
+            with contextlib.suppress(OSError):
+                if self.paths[index].is_file():
+                    digest.update(self.paths[index].read_bytes())
+        return digest.hexdigest()[:16]
 
     @staticmethod
     def every_tenth(counts):
@@ -369,7 +414,8 @@ class Folder(Dataset):
         part.about = (f"{len(part)} of {len(self)} images, {len(self.classes)} classes ({rule})"
                       f"{self.about}")
         if not len(part):
-            raise UsageError(f"--data {self.folder}: no images for {name} ({part.about}); "
+            purpose = "" if name == "all" else f" for {name}"
+            raise UsageError(f"--data {self.folder}: no images{purpose} ({part.about}); "
                              f"files may end in {' '.join(sorted(SUFFIXES))}")
         return part
 
@@ -427,8 +473,11 @@ def read_image(path):
     Image.MAX_IMAGE_PIXELS = None  # one's own photographs may be large
     if not os.path.isfile(path):   # a FIFO would wait for ever
         raise ValueError("not a regular file")
-    image = Image.open(path)
-    image.load()
+    with open(path, "rb") as file:  # what Pillow maps by its path, it turns wrongly
+        image = Image.open(file)
+        image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF data say nothing about the pixels
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         top = {"F": 1.0, "I": 255.0}.get(image.mode, 65535.0)
@@ -437,9 +486,9 @@ def read_image(path):
         if not (values.min() >= 0 and values.max() <= top):
             raise ValueError(f"values of mode {image.mode} from {values.min():g} to "
                              f"{values.max():g} have no known scale: save it with 8 bits")
+        if "transparency" in image.info:  # one value of grey
+            values[values == image.info["transparency"]] = top
         image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
-    with contextlib.suppress(Exception):  # damaged EXIF data say nothing about the pixels
-        image = ImageOps.exif_transpose(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -547,8 +596,10 @@ def open_sources(data, splits, image_size, skip_bad, processes=None):
     if processes.world > 1 and data in BUILT_IN:
         with processes.in_turn():  # the first process downloads, the others find it there
             return open_sources(data, splits, image_size, skip_bad)
+    if data in BUILT_IN and "all" in splits:
+        raise UsageError(f"--split all is for folders: {data} is either train or val")
     if data == "shapes":
-        return [Shapes("train" if split == "train" else "val", image_size) for split in splits]
+        return [Shapes(split, image_size) for split in splits]
     if data == "cifar10":
         from torchvision.datasets import CIFAR10
         try:
@@ -592,8 +643,16 @@ def open_splits(args, processes, classes=None):
     return train, val
 
 
-def micro_batch_size(batch_size, world, grad_accum):
-    """How many images of a batch a process works on at a time."""
+def fingerprint(images):
+    """By what the folder of `images` is known if it moves. None for built-in data."""
+    return getattr(images.source, "fingerprint", None)
+
+
+def micro_batch_size(length, batch_size, world, grad_accum):
+    """How many images of a batch a process works on at a time. length: of the data set."""
+    if batch_size > length:
+        raise UsageError(f"--batch-size {batch_size} is larger than the {length} training images: "
+                         "lower it")
     if batch_size % (world * grad_accum):
         raise UsageError(f"--batch-size {batch_size} cannot be divided among {world} processes "
                          f"x --grad-accum {grad_accum}")
@@ -611,7 +670,7 @@ def batch_keys(length, batch_size, start, seed, rank=0, world=1, grad_accum=1):
     def permutation(epoch):
         return np.random.default_rng([seed, epoch]).permutation(length)
 
-    size = micro_batch_size(batch_size, world, grad_accum)
+    size = micro_batch_size(length, batch_size, world, grad_accum)
     for step in itertools.count(start):
         for number in range(rank * grad_accum, (rank + 1) * grad_accum):
             first = step * batch_size + number * size
@@ -621,9 +680,6 @@ def batch_keys(length, batch_size, start, seed, rank=0, world=1, grad_accum=1):
 
 def load_batches(args, processes, dataset, start):
     """Endless iterator of this process's micro-batches of `dataset`, from step `start` on."""
-    if args.batch_size > len(dataset):
-        raise UsageError(f"--batch-size {args.batch_size} is larger than the {len(dataset)} "
-                         "training images: lower it")
     keys = batch_keys(len(dataset), args.batch_size, start, args.seed, processes.rank,
                       processes.world, args.grad_accum)
     return load(args, processes, dataset, keys)
@@ -637,12 +693,14 @@ def load(args, processes, dataset, keys):
     if workers is None:
         workers = 8 if on_gpu else 0
     return iter(DataLoader(dataset, batch_sampler=keys, num_workers=workers, pin_memory=on_gpu,
-                           worker_init_fn=ignore_interrupts))
+                           worker_init_fn=ignore_signals))
 
 
-def ignore_interrupts(worker):
-    """Ctrl-C reaches all processes of a terminal; the loaders live on until training has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker):
+    """What stops a run may reach all its processes; the loaders live on until it has saved."""
+    for name in Interrupts.names:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def to_float(x, device):
@@ -666,7 +724,7 @@ def batch_of(dataset, places, device):
 def spread(dataset, limit):
     """At most `limit` indices spread evenly over a data set, the first and the last included."""
     count = min(len(dataset), limit)
-    return torch.linspace(0, len(dataset) - 1, count).round().long()
+    return torch.linspace(0, len(dataset) - 1, count, dtype=torch.float64).round().long()
 
 
 def save_grid(path, pictures, columns):
@@ -724,7 +782,8 @@ class TokenizerTraining:
         # What is called in training: its gradients are averaged over the processes.
         compile_networks(args, self.model)
         self.network = processes.wrap(self.model)
-        self.header = {"kind": "tokenizer", "network": network, "classes": images.classes}
+        self.header = {"kind": "tokenizer", "network": network, "classes": images.classes,
+                       "fingerprint": fingerprint(images)}
         levels = " ".join(map(str, self.model.levels))
         processes.say(f"tokenizer {args.size}: {args.quantizer} {levels} at {args.downsample}x down"
                       f", {count_parameters(self.model)}; {processes.describe()}")
@@ -1221,6 +1280,9 @@ class GeneratorTraining:
         if args.init_from and not saved:
             init = load_checkpoint(args.init_from, args.model, heads=args.heads,
                                    latent_scale=args.latent_scale)
+            if init["classes"] != images.classes and not init.get("public"):
+                processes.say(f"the classes of {args.init_from} are others, or in another order: "
+                              "class i begins as its class i")
         # A model that was trained before keeps the scale of its latents.
         latents = (init.get("latents") or init.get("tokenizer", {}).get("latents")
                    or tokenizer.get("latents") or self.measure_latents())
@@ -1231,6 +1293,7 @@ class GeneratorTraining:
         views = RandomViews(tokens, args.seed, with_pixels=self.teacher is not None)
         self.batches = load_batches(args, processes, views, saved["step"] if saved else 0)
         self.header = {"kind": args.model, "network": network, "classes": images.classes,
+                       "fingerprint": fingerprint(images),
                        "tokenizer": {name: tokenizer[name] for name in KEPT if name in tokenizer}}
         if teacher_state:
             if "ema" in teacher_state:  # let go, too
@@ -1428,6 +1491,8 @@ def find_teacher(args, processes, images, val_images):
     if teacher["classes"] != images.classes:
         raise UsageError(f"{path} knows other classes than --data {args.data}: remove it, or "
                          "choose another --out")
+    refuse_changes(args, only(teacher["args"], SOURCE_FLAGS), f"use {path}",
+                   f"name it with --repa-teacher {path}, or remove it")
     return teacher
 
 
@@ -1490,8 +1555,11 @@ def fit(training, args, processes, saved, first_stage=False):
     if saved:
         start = saved["step"]
         load_training(training, scaler, saved)
+    mend = "a lower --lr"
+    if first_stage:
+        mend += " as --model tokenizer, and name its checkpoint with --tokenizer"
     with building("the checkpoint's log"):
-        log = Log(args.out / "log.csv", start, saved, processes.rank)
+        log = Log(args.out / "log.csv", start, saved, processes.rank, mend)
     bar = tqdm(total=args.steps, initial=start, desc=args.model, unit="step", smoothing=0.05,
                disable=processes.quiet())
     entries = {name: saved[name] for name in ("latents",) if saved and name in saved}
@@ -1916,6 +1984,8 @@ class Interrupts:
                 number = getattr(signal, name, None)  # Windows lacks two of them
                 if number is not None:
                     self.before[number] = signal.signal(number, self.note)
+                if name == "SIGHUP" and self.before.get(number) == signal.SIG_IGN:  # of nohup
+                    signal.signal(number, signal.SIG_IGN)
         return self
 
     def note(self, number, frame):
@@ -2002,6 +2072,11 @@ def read_file(path):
             state = torch.load(path if mmap else file, map_location="cpu", weights_only=True,
                                mmap=mmap)
     except Exception as error:  # whatever a damaged file makes of the unpickler
+        objects = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        if objects:
+            raise UsageError(f"{path} is not a whole checkpoint of tensors, numbers and texts: it "
+                             f"holds objects of Python ({objects[0]}), which could run code and "
+                             "are not read: save the rest alone")
         reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
         raise UsageError(f"{path} is not a whole checkpoint ({reason})")
     if not isinstance(state, dict):
@@ -2099,12 +2174,17 @@ def check_tokens(state, path):
     grid = [side // f for side in state["args"]["image_size"]]
     if state["kind"] == "llamagen":
         fits = (list(network["grid"]) == grid
-                and math.prod(network["vocab_sizes"]) == math.prod(codes["levels"]))
+                and math.prod(network["vocab_sizes"]) == number_of_codes(codes))
     else:
         fits = (list(network["input_size"]) == grid and "latents" in state["tokenizer"]
                 and network["in_channels"] == len(codes["levels"]))
     if not fits:
         raise not_whole(path, f"its {state['kind']} is for other tokens than its tokenizer makes")
+
+
+def number_of_codes(network):
+    """Of a discrete tokenizer with these constructor arguments."""
+    return network.get("codebook_size") or math.prod(network["levels"])
 
 
 def stored_args(args, path):
@@ -2151,7 +2231,8 @@ def released(state, path, quiet, overrides):
     What it is and its sizes follow from its names and shapes, its `config`, and the config.json
     next to it. What none of them says is taken from `overrides` or, with a word, from the paper.
     """
-    config = state.get("config") or {}
+    config = {name: {} if value is None else value
+              for name, value in (state.get("config") or {}).items()}
     weights, model, said = public_weights(state)
     if "encoder.conv_in.weight" in weights:
         kind, describe = "tokenizer", public_tokenizer
@@ -2168,13 +2249,22 @@ def released(state, path, quiet, overrides):
         print(f"{path}: public {kind}; {'; '.join(about + said)}", file=sys.stderr)
 
     size = overrides.get("image_size") or config.get("data", {}).get("image_size")
-    args = {"data": None, "image_size": [size] * 2 if isinstance(size, int) else size}
+    args = {"data": None, "image_size": two_sides(size, path) if size else None}
     args.update(entries.pop("args"))
     classes = range(entries["network"].get("num_classes", 0))
     last = {name: model.get(name, value) for name, value in weights.items()}
     return {"format": 2, "public": True, "kind": kind, "step": 0, "args": args,
             "classes": [str(i) for i in classes] or ["all"], "ema": weights, "model": last,
             **entries}
+
+
+def two_sides(size, path):
+    """[height, width] of an image size as a public configuration may have it: 256, [256, 256]."""
+    sides = list(size) if isinstance(size, (list, tuple)) else [size]
+    if len(sides) > 2 or not all(isinstance(n, (int, float)) and n >= 1 and n == int(n)
+                                 for n in sides):
+        raise UsageError(f"{path} has an image_size of {size!r}: name it with --image-size")
+    return [int(sides[0]), int(sides[-1])]
 
 
 def public_weights(state):
@@ -2199,7 +2289,10 @@ def public_tokenizer(path, weights, config, overrides):
     """(weights under our names, entries of the checkpoint, words on what it is)."""
     beside = path.with_name("config.json")
     if beside.is_file():
-        config = json.loads(beside.read_text())
+        with building(f"{beside} beside the weights"):
+            config = json.loads(beside.read_text(encoding="utf-8-sig"))
+            if not isinstance(config, dict):
+                raise UsageError(f"{beside} holds a {type(config).__name__}, not settings")
     network = tokenizers.released_arguments(weights, config, overrides.get("levels"),
                                             overrides.get("alpha"))
     about = network["quantizer"]
@@ -2217,7 +2310,7 @@ def public_llamagen(path, weights, config, overrides):
     network = llamagen.released_arguments(weights, overrides.get("heads"))
     flags = {"downsample": config.get("fsq", {}).get("downsample_ratio")}
     weights = llamagen.released_weights(weights)
-    return weights, {"network": network, "args": flags}, [in_words(network)]
+    return weights, {"network": network, "args": flags}, [in_words(network), *unused(config)]
 
 
 def public_dit(path, weights, config, overrides):
@@ -2225,7 +2318,7 @@ def public_dit(path, weights, config, overrides):
     network = dit.released_arguments(weights, overrides.get("heads"),
                                      config.get("model", {}).get("use_rope"))
     refuse_other_latents(path, config, network)
-    about = [in_words(network)]
+    about = [in_words(network), *unused(config)]
     if network["rope"] and "feat_rope.freqs_cos" not in weights:
         about.append("no table of RoPE, which is computed anew")
         weights = dit.released_weights(weights, dit.DiT(**network))
@@ -2240,6 +2333,11 @@ def public_dit(path, weights, config, overrides):
                      "sampling": {"guide_channels": 3}}, about
 
 
+def unused(config):
+    """A word on what a public configuration says of sampling, which is for our flags to say."""
+    return ["its settings of sampling are not used"] if config.get("sample") else []
+
+
 def in_words(network):
     return ", ".join(f"{name} {value}" for name, value in network.items() if value is not False)
 
@@ -2251,7 +2349,7 @@ def refuse_other_latents(path, config, network):
     if network["learn_sigma"] or config.get("scheduler", {}).get("diffusion"):
         raise UsageError(f"{path} predicts the noise of SD-VAE latents and its variance, as "
                          "facebookresearch/DiT does: only DiTs of velocity on iFSQ's latents fit")
-    if vae not in ("fsq", "vae"):
+    if vae not in ("fsq", "vae", "cus_ae"):  # the last is the public code's name of its own VAE
         raise UsageError(f"{path} draws latents of {vae}, for which there is no tokenizer here")
     if (transport.get("prediction", "velocity"), transport.get("path_type", "Linear")) != (
             "velocity", "Linear"):
@@ -2306,11 +2404,12 @@ def load_weights(module, checkpoint, name, what="the checkpoint"):
     """module.load_state_dict(checkpoint[name]) with one line for what does not fit."""
     weights = checkpoint.get(name)
     with building(f"{what} of a {checkpoint.get('kind')}"):
-        check_weights(module, weights, f"the weights {name!r} of a {checkpoint.get('kind')}")
+        check_weights(module, weights,
+                      f"{what}: the weights {name!r} of a {checkpoint.get('kind')}")
         broken = [key for key, value in weights.items() if not value.isfinite().all()]
         if broken:
-            raise UsageError(f"the weights {name!r} are not finite ({', '.join(broken[:3])}): "
-                             "take an earlier checkpoint")
+            raise UsageError(f"{what}: the weights {name!r} are not finite "
+                             f"({', '.join(broken[:3])}): take an earlier checkpoint")
         for key, tensor in module.state_dict().items():  # one at a time
             tensor.copy_(part_of(weights[key], tensor))
 
@@ -2391,8 +2490,8 @@ class Log:
     time spent waiting for images: above 0.1 or so, raise --num-workers.
     """
 
-    def __init__(self, path, start, saved, rank):
-        self.path, self.rank, self.rows, self.columns = path, rank, [], []
+    def __init__(self, path, start, saved, rank, mend="a lower --lr"):
+        self.path, self.rank, self.rows, self.columns, self.mend = path, rank, [], [], mend
         self.sums = {name: (torch.tensor(total), count)
                      for name, (total, count) in (saved["log"] if saved else {}).items()}
         self.restart_clock(start)
@@ -2474,8 +2573,8 @@ class Log:
         """How to go on after a step that went wrong."""
         if self.path.with_name("ckpt.pt").exists():
             return (f"by step {step}, and nothing was saved since the last good checkpoint: "
-                    "continue that with --resume and a lower --lr")
-        return f"by step {step}, before anything was saved: begin again with a lower --lr"
+                    f"continue that with --resume and {self.mend}")
+        return f"by step {step}, before anything was saved: begin again with {self.mend}"
 
     def means(self, step, batch_size):
         """{name: mean since the last call}, and how fast it went."""
@@ -2505,10 +2604,12 @@ TOKENIZER_FLAGS = ("quantizer", "levels", "alpha", "edges", "downsample", "hidde
 # The flags that a run may change when it continues: in silence if they do not change the result
 # (FREE), and with a word if they do (TUNABLE).
 FREE = ("out", "resume", "num_workers", "save_every", "eval_every", "log_every", "compile",
-        "device", "cache_dir", "tokenizer", "pretrained", "grad_checkpoint", "fsdp",
+        "device", "cache_dir", "pretrained", "grad_checkpoint", "fsdp",
         "skip_bad_images", "tokenizer_steps", "init_from", "help")
 TUNABLE = ("data", "steps", "lr", "warmup", "cooldown", "grad_clip", "weight_decay", "disc_weight",
            "repa_weight", "ema_decay")
+SOURCE_FLAGS = ("data", "image_size", "seed")   # those that a first stage depends on as well
+PATHS = ("data", "tokenizer", "repa_teacher")   # the flags that may be spelled in many ways
 
 
 def number(kind, least, most, name):
@@ -2601,8 +2702,8 @@ def make_parser():
         "of every bottleneck", number(int, 2, 2**16, "integer"), "L", nargs="+")
     add("--alpha", "slope of the quantizer's sigmoid, or erf for the Gaussian CDF; unset, 1.6 for "
         "ifsq and 2.0 for fsq", slope, "{A,erf}")
-    add("--edges", "half: the two outer bins are half as wide, as in the paper; full: all equal",
-        choices=["half", "full"], default="half")
+    add("--edges", "half: the two outer bins are half as wide, as in the paper; full: all equal; "
+        "original: as in the first FSQ", choices=["half", "full", "original"], default="half")
     add("--downsample", "image side over latent side, a power of 2", COUNT, "F")
     add("--hidden", "width at the full resolution", COUNT, "C")
     add("--multipliers", "widths over --hidden, from the full resolution down", COUNT, "M",
@@ -2704,6 +2805,8 @@ def parse_args(argv=None):
         sys.exit(0)
     before, args = parser.parse_args(stored), parser.parse_args([*stored, *argv])
     args.out = out
+    if args.data not in BUILT_IN:  # the run may be continued, or measured, from another folder
+        args.data = os.path.abspath(args.data)
     for flags in (before, args):
         if len(flags.image_size) > 2:
             raise UsageError("--image-size takes one side, or height and width, not "
@@ -2711,10 +2814,9 @@ def parse_args(argv=None):
         flags.image_size = [flags.image_size[0], flags.image_size[-1]]
     if args.resume:
         args.resume = path
-        refuse_changes(args, before, f"continue {path}", FREE, TUNABLE)
+        refuse_changes(args, before, f"continue {path}", free=FREE, tunable=TUNABLE)
     elif args.tokenizer:
-        fixed = {name: getattr(before, name) for name in TOKENIZER_FLAGS}
-        refuse_changes(args, argparse.Namespace(**fixed), f"use {args.tokenizer}")
+        refuse_changes(args, only(vars(before), TOKENIZER_FLAGS), f"use {args.tokenizer}")
     if args.repa_layer and args.repa_teacher == "auto":
         large = min(args.image_size) >= DINO_PX
         args.repa_teacher = "dinov2_vitb14" if large else "classifier"
@@ -2779,7 +2881,12 @@ def as_argv(values, known):
     return argv
 
 
-def refuse_changes(args, before, purpose, free=(), tunable=()):
+def only(flags, names):
+    """Those of the flags that are in `names`, as a Namespace."""
+    return argparse.Namespace(**{name: flags[name] for name in names if name in flags})
+
+
+def refuse_changes(args, before, purpose, mend="leave those flags out", free=(), tunable=()):
     """Raise UsageError if flags differ from `before`, but for those in `free`, and those in
     `tunable`, whose change is said."""
     changed, tuned = [], []
@@ -2787,14 +2894,14 @@ def refuse_changes(args, before, purpose, free=(), tunable=()):
         now = getattr(args, name)
         if name in free or now == value or list(np.atleast_1d(now)) == list(np.atleast_1d(value)):
             continue
-        if name == "data" and os.path.realpath(now) == os.path.realpath(value):
-            continue  # one folder, spelled in two ways
+        if name in PATHS and value and os.path.realpath(now) == os.path.realpath(value):
+            continue  # one file or folder, spelled in two ways
         text = f"--{name.replace('_', '-')} was {value}, is {now}"
         (tuned if name in tunable else changed).append(text)
     if changed:
         more = ", ..." if len(changed) > 4 else ""
         raise UsageError(f"cannot {purpose} with other settings ({'; '.join(changed[:4])}{more}): "
-                         "leave those flags out, or begin a new run in another --out")
+                         f"{mend}, or begin a new run in another --out")
     if tuned:
         print(f"from here on with other settings: {'; '.join(tuned)}", file=sys.stderr)
 
@@ -2872,20 +2979,19 @@ def first_stage(args, processes, splits):
     path, saved = flags.out / "ckpt.pt", None
     if path.exists():
         saved = load_checkpoint(path, "tokenizer")
-        before = {name: value for name, value in saved["args"].items() if name in TOKENIZER_FLAGS}
-        refuse_changes(flags, argparse.Namespace(**before, data=saved["args"]["data"]),
-                       f"use {path}")
+        refuse_changes(flags, only(saved["args"], (*TOKENIZER_FLAGS, *SOURCE_FLAGS)),
+                       f"use {path}", f"name it with --tokenizer {path}, or remove it")
         if saved["step"] >= flags.steps:
             return path
     processes.say(f"first {'continuing' if saved else 'training'} the tokenizer in {flags.out}")
-    return fit(TokenizerTraining(flags, processes, saved, splits), flags, processes, saved,
-               first_stage=True)
+    with only_run_in(flags.out, processes):
+        return fit(TokenizerTraining(flags, processes, saved, splits), flags, processes, saved,
+                   first_stage=True)
 
 
 def train(args):
     """Train what the flags say. Returns the path of the checkpoint."""
     processes = start_processes(args)
-    micro_batch_size(args.batch_size, processes.world, args.grad_accum)  # before any work is done
     with only_run_in(args.out, processes):
         processes.barrier()
         processes.require_shared([args.out] + [args.cache_dir] * (args.model != "tokenizer"),
@@ -2900,6 +3006,8 @@ def train(args):
                 raise UsageError(f"{args.resume} has finished its {args.steps} steps: "
                                  "raise --steps to continue")
         splits = open_splits(args, processes, saved and saved["classes"])
+        # Before any work is done.
+        micro_batch_size(len(splits[0]), args.batch_size, processes.world, args.grad_accum)
         if args.model == "tokenizer":
             training = TokenizerTraining(args, processes, saved, splits)
         else:
@@ -2916,7 +3024,8 @@ def guarded(program, function):
     """Call function(); what the user can mend is one line on stderr and exit code 2."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # closed by the caller
-        stream.reconfigure(errors="backslashreplace")         # any name can be printed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")     # any name can be printed
         setattr(sys, name, stream)
     code = 2
     try:
@@ -2932,7 +3041,9 @@ def guarded(program, function):
         mend = "check the path, its permissions and the disk's room"
         if error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE):
             mend = "the system allows no more processes or files: lower --num-workers"
-        text = f"{error.filename or 'a file'}: {error.strerror or error}: {mend}"
+        name = error.filename or "a file"
+        name = os.fsdecode(name) if isinstance(name, bytes) else name
+        text = f"{name}: {error.strerror or error}: {mend}"
     except RuntimeError as error:
         if "memory" not in str(error):
             raise

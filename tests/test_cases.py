@@ -10,7 +10,10 @@ import json
 import math
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -175,6 +178,15 @@ def test_validation_is_spread_over_all_images(count):
     assert count == 1 or gaps.max() - gaps.min() <= 1
 
 
+def test_all_of_many_images_are_all_of_them():
+    assert torch.equal(train.spread(range(2**24 + 5), 2**25), torch.arange(2**24 + 5))
+
+
+def test_fewer_samples_than_classes_are_spread_over_them():
+    args = train.argparse.Namespace(classes=None, num_samples=3, labels="balanced")
+    assert evaluate.choose_labels(args, list("abcde")).tolist() == [0, 2, 4]
+
+
 LAYOUTS = {  # name: (files, images of "all", classes, what is said)
     "left behind": ("a/1 b/1 .ipynb_checkpoints/x @eaDir/x __MACOSX/x lost+found/x a/._1 "
                     "a/.thumbnails/x $RECYCLE.BIN/x", 2, "a b", "left out: 1 hidden"),
@@ -185,6 +197,16 @@ LAYOUTS = {  # name: (files, images of "all", classes, what is said)
     "empty neighbour": ("images/a/1 images/b/1 labels/", 2, "a b", "2 of 2 images"),
     "other splits": ("train/a/1 val/a/2 test/a/3 dev/a/4 x", 2, "a", "not used: dev, test, x.png"),
     "two spellings": ("train/a/1 Train/a/2 val/a/3", 2, "a", "not used: "),
+    "with a year": ("train2017/a/1 train2017/b/1 val2017/a/1", 3, "a b", "train2017/ and val2017/"),
+    "a class that sounds like a split": ("train_station/1 valley/1", 2, "train_station valley", ""),
+    "a name with @": ("@alice/1 bob/1 @eaDir/x", 2, "@alice bob", "2 of 2 images"),
+}
+REFUSED_LAYOUTS = {  # name: (files, words of the line)
+    "which pair": ("train2014/a/1 train2017/a/1 val2017/a/1", "which of train2014, train2017, val2"),
+    "splits below classes": ("a/train/1 a/val/1 b/train/1 b/val/1", "a/ has a train/ of its own"),
+    "a class named train": ("bus/1 car/1 train/1", "is train/ for training, or a class as bus/ is"),
+    "val without classes": ("train/a/1 train/b/1 val/1", "val/ has no folders of train/'s classes"),
+    "an empty val": ("train/a/1 train/b/1 val/", "val/ has no folders of train/'s classes"),
 }
 
 
@@ -199,6 +221,53 @@ def test_layouts_of_folders(tmp_path, name):
     images = open_images(str(tmp_path), "all", [16, 16])
     assert (len(images), images.classes) == (count, classes.split())
     assert words in images.source.about
+
+
+@pytest.mark.parametrize("name", REFUSED_LAYOUTS)
+def test_layouts_that_could_mean_two_things_are_refused(tmp_path, name):
+    files, words = REFUSED_LAYOUTS[name]
+    for file in files.split():
+        put(tmp_path / f"{file}.png") if file[-1] != "/" else (tmp_path / file).mkdir()
+    with pytest.raises(UsageError, match=words):
+        open_images(str(tmp_path), "all", [16, 16])
+
+
+@pytest.mark.parametrize("link", ["c", "val", "a/more"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, capsys, link):
+    for name in "ab":
+        put(tmp_path / "d" / name / "0.png")
+    (tmp_path / "d" / link).symlink_to(tmp_path / "gone")
+    line = refused(capsys, train.main, [*TOKENIZER, "--data", tmp_path / "d", "--steps", "1",
+                                        "--out", tmp_path / "out"])
+    assert f"{link}: No such file or directory" in line
+
+
+def test_built_in_data_have_no_whole(base, tmp_path, capsys):
+    line = refused(capsys, evaluate.main, [base / "tok" / "ckpt.pt", "--data", "shapes", "--split",
+                                           "all", "--device", "cpu", "--out", tmp_path])
+    assert "--split all is for folders" in line
+
+
+@pytest.mark.parametrize("name, mode", [("a.png", "I;16"), ("a.png", "L"), ("a.tif", "L"),
+                                        ("a.tif", "P"), ("a.tif", "RGBA"), ("a.tif", "CMYK")])
+def test_pictures_of_any_mode_are_put_upright(tmp_path, name, mode):
+    """A camera's note to turn the picture by 90 degrees."""
+    if mode == "I;16":
+        image = Image.fromarray((np.arange(6).reshape(2, 3) * 10_000).astype(np.uint16))
+    else:
+        image = Image.fromarray(np.arange(6).reshape(2, 3).astype(np.uint8) * 38).convert(mode)
+    image.save(tmp_path / name)
+    lying = np.asarray(train.read_image(tmp_path / name))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    image.save(tmp_path / name, exif=exif)
+    assert np.array_equal(np.asarray(train.read_image(tmp_path / name)), np.rot90(lying, -1))
+
+
+def test_a_transparent_grey_of_16_bits_is_white(tmp_path):
+    image = Image.fromarray(np.uint16([[0, 10_000]]))
+    image.save(tmp_path / "a.png", transparency=10_000)
+    assert np.asarray(train.read_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 255]
 
 
 def test_linked_folders_count_once_and_never_for_ever(tmp_path):
@@ -284,7 +353,8 @@ def test_a_run_continues_from_a_folder_that_moved(base, tmp_path, monkeypatch, c
     assert "--data" not in error and "--lr was 0.02, is 0.001" in error
     Path("data").rename("moved")
     train.main(["--resume", "run/ckpt.pt", "--data", "moved", "--steps", "3"])
-    assert "--data was ./data, is moved" in capsys.readouterr().err
+    was, now = tmp_path / "data", tmp_path / "moved"
+    assert f"--data was {was}, is {now}" in capsys.readouterr().err
     assert len(rows("run")) == 3
 
 
@@ -613,3 +683,92 @@ def test_a_distance_of_singular_covariances(monkeypatch):
     expected = ((moments[0][0] - moments[1][0]).square().sum() + moments[0][1].trace()
                 + moments[1][1].trace() - 2 * singular.sum())
     assert same == pytest.approx(0, abs=1e-6) and other == pytest.approx(expected.item())
+
+
+def test_a_folder_that_moved_is_known_by_its_content(tmp_path):
+    """What was trained on is not taken whole, wherever it lies and wherever the call comes from."""
+    for i in range(12):
+        for number, name in enumerate(("a", "b")):
+            put(tmp_path / "d" / name / f"{i}.png", 90 * number + i)
+    train.main([*TOKENIZER, "--data", str(tmp_path / "d"), "--steps", "1", "--out",
+                str(tmp_path / "run")])
+    shutil.copytree(tmp_path / "d", tmp_path / "moved")
+    found = report(tmp_path / "1", tmp_path / "run" / "ckpt.pt", "--data", tmp_path / "moved",
+                   "--metrics", "psnr")
+    assert found["split"] == "val"
+    put(tmp_path / "moved" / "a" / "0.png", 200)  # now it is another folder of these names
+    found = report(tmp_path / "2", tmp_path / "run" / "ckpt.pt", "--data", tmp_path / "moved",
+                   "--metrics", "psnr")
+    assert found["split"] == "all"
+
+
+def test_a_run_remembers_its_data_wherever_it_is_called_from(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base)
+    train.main([*TOKENIZER, "--data", "data", "--steps", "1", "--out", str(tmp_path / "run")])
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "run/ckpt.pt", "--steps", "2"])
+    assert load_checkpoint("run/ckpt.pt")["args"]["data"] == str(base / "data")
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "teacher"])
+@pytest.mark.parametrize("flag, value", [("--seed", "5"), ("--image-size", "24"), ("--data", None)])
+def test_a_first_stage_of_other_settings_is_not_taken(base, tmp_path, capsys, stage, flag, value):
+    shutil.copytree(base / "data", tmp_path / "data")
+    shutil.copytree(base / ("tok" if stage == "tokenizer" else "repa/teacher"),
+                    tmp_path / "run" / stage)
+    flags = ["--tokenizer-steps", "1"]
+    if stage == "teacher":
+        train.main([*TOKENIZER, "--data", str(tmp_path / "data"), "--image-size",
+                    value if flag == "--image-size" else "16", "--steps", "1", "--out",
+                    str(tmp_path / "tok")])
+        flags = ["--repa-layer", "1", "--tokenizer", tmp_path / "tok" / "ckpt.pt"]
+    data = tmp_path / "data" if flag == "--data" else base / "data"
+    given = [flag, value] if value else []
+    line = refused(capsys, train.main, [
+        *COMMON, "--image-size", "16", "--downsample", "4", *flags, "--data", data, *given,
+        "--steps", "1", "--out", tmp_path / "run", "--cache-dir", tmp_path / "cache"])
+    name = "--tokenizer" if stage == "tokenizer" else "--repa-teacher"
+    assert f"{flag} was" in line and f"name it with {name}" in line
+
+
+def test_what_a_continued_run_stands_on_is_not_exchanged(base, tmp_path, capsys):
+    argv = ["--resume", copied(base, "repa", tmp_path), "--steps", "2"]
+    for flag, path in ("--tokenizer", "dit/ckpt.pt"), ("--repa-teacher", "tok/ckpt.pt"):
+        assert f"{flag} was" in refused(capsys, train.main, [*argv, flag, base / path])
+    train.main([*map(str, argv), "--tokenizer", str(base / "tok" / ".." / "tok" / "ckpt.pt"),
+                "--cache-dir", str(tmp_path / "cache")])
+
+
+def test_a_name_is_taken_as_soon_as_a_report_begins(tmp_path):
+    args = train.argparse.Namespace(out=tmp_path)
+    with evaluate.free_name("a", ["x/a"], args, ALONE, ()) as first:
+        with evaluate.free_name("a", ["y/a"], args, ALONE, ()) as second:
+            (tmp_path / f"{second}.json").write_text('{"results": 1}')
+    assert (first, second) == ("a", "a-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["a-2.json"]  # the first came to nothing
+
+
+def test_the_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.Interrupts():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_a_signal_to_the_loaders_too_does_not_cost_the_run(tmp_path, name):
+    """As from a terminal that closes, or from Slurm."""
+    command = [sys.executable, "train.py", *TOKENIZER, "--steps", "100000", "--num-workers", "2",
+               "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=Path(train.__file__).parent, start_new_session=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while not (tmp_path / "run" / "log.csv").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        number = getattr(signal, name)
+        os.killpg(process.pid, number)
+        assert process.wait(60) == 128 + number, process.stderr.read()
+    assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] > 0

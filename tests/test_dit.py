@@ -149,6 +149,23 @@ def test_losses_match_the_public_transport(golden):
     golden.close(plain["loss"], expected["loss"].mean())
 
 
+@pytest.mark.parametrize("steps, edge, guided", [(25, 0.2, 21), (50, 0.1, 46), (30, 0.5, 16)])
+def test_a_step_on_the_edge_of_the_interval_is_guided(steps, edge, guided):
+    """In float32, as the public code decides: in double, 5 / 25 may lie on either side of 0.2."""
+    calls = []
+
+    def model(x, t, labels):
+        calls.append(len(x))
+        return torch.zeros_like(x)
+
+    model.num_classes = 1
+    sample(model, torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.int64), steps, cfg_scale=2.0,
+           cfg_interval=(edge, 1.0))
+    expected = torch.linspace(0, 1, steps + 1)[:-1] >= edge
+    assert [n == 2 for n in calls] == expected.tolist()
+
+
+
 @pytest.mark.parametrize("shift", [0, 0.1, 0.2, 0.3, 1, 3])
 def test_times_end_at_exactly_1(shift):
     assert time_grid(10, shift)[0] == 0 and time_grid(10, shift)[-1] == 1

@@ -125,7 +125,7 @@ def generator(tokenizers, tmp_path_factory):
     ("{g} --seed -1", "--seed: invalid integer"),
     ("{g} --batch-size 0", "--batch-size: invalid integer"),
     ("{g} --num-samples 1000000000000000000", "--num-samples: invalid integer"),
-    ("{g} --data {t}/empty", "no images for val"),
+    ("{g} --data {t}/empty", "no images (0 of 0"),
     ("{g} --reference {t}/file.txt --inception random", "no such folder"),
     ("{g} --inception {t}/file.txt", "not a whole checkpoint"),
     ("{g} --cfg-scale nan", "--cfg-scale: invalid number"),

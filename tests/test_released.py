@@ -3,6 +3,7 @@
 `tests/golden/pipelines` holds six checkpoints that the public training scripts wrote, and inputs
 and outputs of the public sampling code on them.
 """
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -253,10 +254,16 @@ def test_other_sizes(tmp_path):
                folder / "a.ckpt")
     config = {"levels": [5, 7, 3, 5], "act_fun": "scale_sigmoid_12", "do_simple_bound": True}
     (folder / "config.json").write_text(json.dumps(config))
-    sizes = dict(vocab_sizes=[525], num_classes=3, n_layer=3, n_head=4, dim=64)
-    ar = train.llamagen.LlamaGen(grid=(4, 4), **sizes)
-    torch.save({"model": ar.state_dict(), "config": {"data": {"image_size": 16}}},
-               tmp_path / "ar.pt")
+    sizes = dict(num_classes=3, n_layer=3, n_head=4, dim=64)
+    ar = {name: train.llamagen.LlamaGen(grid=(4, 4), vocab_sizes=vocab, **sizes)
+          for name, vocab in (("ar", [525]), ("groups", [35, 15]))}
+    for model in ar.values():
+        for output in model.outputs:
+            torch.nn.init.normal_(output.weight)
+    more = {"freqs_cis": torch.zeros(1), "layers.0.attention.kv_cache.k_cache": torch.zeros(1)}
+    for name, model in ar.items():  # with what is computed anew
+        torch.save({"model": model.state_dict() | more,
+                    "config": {"data": {"image_size": 16.0}, "fsq": None}}, tmp_path / f"{name}.pt")
     flow = dit.DiT(input_size=(4, 4), in_channels=4, hidden_size=48, depth=1, num_heads=3,
                    num_classes=3, swiglu=False)
     wrapped = {f"module.{name}": w for name, w in flow.state_dict().items()}
@@ -264,7 +271,8 @@ def test_other_sizes(tmp_path):
                tmp_path / "flow.pt")
     common = ["--tokenizer", folder / "a.ckpt", "--num-samples", 3]
     drawn = {}
-    for name, flags in ("ar", ["--heads", 4]), ("flow", ["--sample-steps", 2]):
+    greedy = ["--heads", 4, "--top-k", 1]
+    for name, flags in ("ar", greedy), ("groups", greedy), ("flow", ["--sample-steps", 2]):
         report, drawn[name] = evaluated(tmp_path / name, tmp_path / f"{name}.pt", *common, *flags)
         assert report["image_size"] == [16, 16] and report["results"]["samples"] == 3
 
@@ -274,6 +282,29 @@ def test_other_sizes(tmp_path):
     with torch.no_grad():
         expected = train.to_uint8(tokenizer.eval().decode(latents / 0.5)).permute(0, 2, 3, 1)
     assert np.abs(drawn["flow"] - expected.numpy()).max() <= 1
+    model = ar["groups"].eval()
+    indices = train.llamagen.sample(model, torch.arange(3), torch.zeros(3, 16, 2), 2.0, top_k=1)
+    with torch.no_grad():
+        expected = tokenizer.decode_indices(indices.unflatten(1, (4, 4)))
+    expected = train.to_uint8(expected).permute(0, 2, 3, 1).numpy()
+    assert np.abs(drawn["groups"] - expected).max() <= 1
+
+
+def test_a_generator_of_a_learned_codebook_can_be_read_again(tmp_path, small):
+    """Its size stands in the public weights alone."""
+    torch.manual_seed(0)
+    vq = Tokenizer("vq", [17] * 4, hidden=32, multipliers=(1, 2), num_res_blocks=1,
+                   codebook_size=48)
+    torch.save({"ema_state_dict": {}, "state_dict": {"gen_model": vq.state_dict()}},
+               tmp_path / "vq.ckpt")
+    state = trained(tmp_path, "--tokenizer", tmp_path / "vq.ckpt", "--steps", 1)
+    assert state["network"]["vocab_sizes"] == [48]
+    train.main(["--resume", str(tmp_path / "run" / "ckpt.pt"), "--steps", "2"])
+
+
+def test_the_public_name_of_its_vae(tmp_path):
+    change = with_config("vae", vae_type="cus_ae")
+    load_checkpoint(rewritten(tmp_path / "a" / "any.pt", FILES["dit"], change))
 
 
 # ---- What cannot be used is named in one line ----
@@ -289,12 +320,6 @@ def with_config(part, **values):
     return change
 
 
-def uneven(state):
-    for part in state["ema"], state["model"]:
-        for name in "1_emb.weight", "output.1.weight":
-            part[name] = part[name][:17]
-
-
 @pytest.mark.parametrize("name, change, words", [
     ("dit", facebook, "noise of SD-VAE latents"),
     ("dit", with_config("scheduler", diffusion=True), "noise of SD-VAE latents"),
@@ -302,8 +327,11 @@ def uneven(state):
     ("dit", with_config("transport", prediction="noise"), "predicts noise"),
     ("dit", with_config("data", latent_norm=True), "normalised by statistics"),
     ("dit", with_config("data", image_size=32), "images of [32, 32] px, and makes [16, 16]"),
-    ("llamagen_groups", uneven, "digits of [289, 17] values"),
+    ("dit", with_config("data", image_size=(16, 16, 16)), "name it with --image-size"),
+    ("llamagen", with_config("data", image_size="16"), "an image_size of '16'"),
     ("llamagen", with_config("fsq", downsample_ratio=4), "4x down, its tokenizer gives 2x"),
+    ("llamagen", lambda state: {**state, "args": argparse.Namespace()},
+     "holds objects of Python (argparse.Namespace)"),
     ("llamagen_groups", lambda state: None, "knows 83521 codes, its tokenizer 729"),
     ("llamagen", lambda state: {"a.weight": torch.zeros(1)}, "no public tokenizer"),
     ("tokenizer", lambda state: {"encoder.conv_in.weight": torch.zeros(1),
@@ -318,6 +346,19 @@ def test_refused(tmp_path, capsys, name, change, words):
     tokenizer = FILES["tokenizer" if name == "dit" else "tokenizer_small"]
     flags = [path, "--tokenizer", tokenizer, "--num-samples", 2, "--device", "cpu"]
     assert words in refused(capsys, evaluate.main, flags)
+
+
+@pytest.mark.parametrize("text, words", [("[1]", "holds a list"), ("{", "JSONDecodeError"),
+                                         ("\ufeff{}", None)])
+def test_a_config_beside_is_read_for_itself(tmp_path, capsys, text, words):
+    path = rewritten(tmp_path / "public" / "any.ckpt", FILES["tokenizer"], lambda state: None)
+    path.with_name("config.json").write_text(text, encoding="utf-8")
+    if words is None:  # what a Windows editor puts first does not matter
+        assert load_checkpoint(path, alpha=1.6)["network"]["levels"] == [17] * 4
+        return
+    with pytest.raises(train.UsageError, match="config.json") as error:
+        load_checkpoint(path)
+    assert words in str(error.value) or "Expecting" in str(error.value)
 
 
 def test_flags_of_public_files_are_refused_for_others(tokenizers, tmp_path, capsys):

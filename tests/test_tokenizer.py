@@ -356,6 +356,12 @@ def test_released_tokenizer_equals_public_code(pipeline, kind):
     assert by_hand == arguments
 
 
+def test_attention_is_read_off_the_weights():
+    sizes = dict(levels=[5, 5], alpha=1.6, hidden=32, multipliers=[1, 2], num_res_blocks=1)
+    weights = Tokenizer(**sizes, attn_levels=[1]).state_dict()
+    assert released_arguments(weights, None, [5, 5], 1.6)["attn_levels"] == [1]
+
+
 def test_averaged_weights_hold_their_levels(pipeline):
     weights, config, _ = pipeline
     averaged = dict(weights["ema"])
@@ -369,10 +375,12 @@ def test_averaged_weights_hold_their_levels(pipeline):
     (dict(act_fun="scale_sigmoid_17"), ("ifsq", 1.7, "half")),
     (dict(act_fun="scale_sigmoid_20"), ("fsq", 2.0, "half")),
     (dict(do_simple_bound=False), ("fsq", 2.0, "original")),
+    (dict(do_simple_bound=None), ("fsq", 2.0, "original")),  # what the public code takes
 ])
 def test_slope_and_bound_come_from_the_config(pipeline, change, expected):
     weights, config, _ = pipeline
-    arguments = released_arguments(weights["raw"], {**config, **change})
+    config = {name: value for name, value in (config | change).items() if value is not None}
+    arguments = released_arguments(weights["raw"], config)
     assert (arguments["quantizer"], arguments["alpha"], arguments["edges"]) == expected
 
 
@@ -409,7 +417,7 @@ def test_vq_and_vae_are_read_off_their_shapes(golden):
 
 
 @pytest.mark.parametrize("case, words", [
-    ("attention", "attn.0.k.bias is missing, unknown"),
+    ("attention", "attn.0.k.bias is missing, unknown or of another shape"),
     ("frozen encoder", "no 'encoder.conv_in.weight'"),
     ("LlamaGen VQ-16", "this is LlamaGen's VQ-16, not"),
     ("SD-VAE", "this is SD-VAE or one like it, not"),
@@ -418,6 +426,8 @@ def test_vq_and_vae_are_read_off_their_shapes(golden):
 ])
 def test_weights_of_other_models_are_refused(golden, case, words):
     weights = dict(golden("tokenizer_vae" if case == "attention" else "tokenizer_vq").sd)
+    if case == "attention":  # of the decoder alone
+        weights = {k: v for k, v in weights.items() if not (k.startswith("enc") and ".attn." in k)}
     if case == "frozen encoder":
         weights = {k: v for k, v in weights.items() if not k.startswith("encoder.")}
     elif case == "LlamaGen VQ-16":
