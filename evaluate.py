@@ -1421,8 +1421,6 @@ def load_all(args):
     overrides = {name: getattr(args, name) for name in ("levels", "alpha", "heads", "latent_scale",
                                                         "image_size")}
     given = [name for name in ("tokenizer", *overrides) if getattr(args, name)]
-    if args.image_size:
-        overrides["image_size"] = [args.image_size[0], args.image_size[-1]]
     checkpoints = {}
     for path in args.checkpoints:
         checkpoint = load_checkpoint(path, **overrides)

@@ -109,7 +109,6 @@ SCHEDULES = {
         cooldown=0.0, grad_clip=0.0, ema_decay=0.9999, repa_weight=0.5, repa_width=2048),
 }
 RATES = {"muon": 0.02, "adamw": 2e-3}  # for an --optimizer that is not the preset's
-BETAS = {"tokenizer": (0.9, 0.999), "llamagen": (0.9, 0.95), "dit": (0.9, 0.95)}
 CLASSIFIER = dict(optimizer="muon", steps=400, batch_size=128, lr=0.03, weight_decay=0.05)
 SIZES = {"tokenizer": NETWORKS, "llamagen": llamagen.SIZES, "dit": dit.SIZES}
 MODELS = {"tokenizer": Tokenizer, "classifier": repa.Classifier, "llamagen": llamagen.LlamaGen,
@@ -340,7 +339,7 @@ class Folder(Dataset):
         if unknown == [FLAT]:
             raise UsageError(f"--data {folder}: {val.name}/ has no folders of {train.name}/'s "
                              "classes with images in them: sort its images into such folders, or "
-                             f"move it elsewhere")
+                             "move it elsewhere")
         if unknown:
             raise UsageError(f"--data {folder}: classes in {val.name}/ but not in {train.name}/: "
                              f"{', '.join(unknown[:5])}")
@@ -891,8 +890,7 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
             row += torch.stack([values.sum(0), values.square().sum(0)])
         if scalar:
             bounded = bound(vectors[1], model.quantize.fsq.alpha)
-            place = ((bounded + 1) * 2048).long().clamp(max=4095)
-            bins.scatter_add_(1, place.T, torch.ones_like(place.T, dtype=torch.float64))
+            bins += torch.stack([channel.histc(4096, -1, 1) for channel in bounded.T])
     scores, bins = processes.sum(scores), processes.sum(bins)  # one process wrote each row
     means, squares = (processes.sum(sums) / processes.sum(count)).unbind(1)  # of z and pre: (2,d)
     std = (squares - means.square()).clamp(min=0).sqrt()
@@ -1117,15 +1115,10 @@ def cached_tokens(args, processes, checkpoint, codec, images, split, views):
 
 def save_array(path, shape, dtype, blocks):
     """Make a .npy file of the blocks of an array, one after the other; it is there when whole."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-    try:
-        with open(temporary, "wb") as file:  # plain writes: a full disk is an error, not a crash
-            np.lib.format.write_array_header_1_0(file, header)
-            file.writelines(blocks)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:  # plain writes: a full disk is an error, not a crash
+        np.lib.format.write_array_header_1_0(file, header)
+        file.writelines(blocks)
 
 
 def write_tokens(parts, args, processes, tokenizer, images, split, shape, dtype, size):
@@ -1365,10 +1358,6 @@ class GeneratorTraining:
         layers = sizes.get("depth", sizes.get("n_layer"))
         if layer and layer > layers:
             raise UsageError(f"--repa-layer {layer}: {self.args.init_from} has {layers} layers")
-        other = {name: value for name, value in sizes.items() if network.get(name, value) != value}
-        if other:
-            text = ", ".join(f"{name} {value}" for name, value in other.items())
-            self.processes.say(f"sizes as in {self.args.init_from}: {text}")
         return {**network, **sizes}
 
     def measure_latents(self):
@@ -1660,7 +1649,7 @@ def update_ema(ema, model, decay, step):
 
 def make_optimizer(args, network):
     """AdamW or Muon over all parameters of `network`; the loop sets the learning rate."""
-    betas = BETAS.get(args.model, (0.9, 0.95))
+    betas = (0.9, 0.999 if args.model == "tokenizer" else 0.95)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(network.parameters(), lr=args.lr, betas=betas,
                                  weight_decay=args.weight_decay)
@@ -2044,21 +2033,29 @@ def building(what):
         raise UsageError(f"{what}: {text}")
 
 
-def save_checkpoint(path, state):
-    """Write `state` so that `path` is at all times either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def replacing(path, mode="wb", **kwargs):
+    """Open a temporary file for writing. At the end it takes the place of `path`, which is at all
+    times either the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, mode, **kwargs) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, state):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(path) as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         raise UsageError(f"could not save {path} ({error}): make room; the checkpoint that was "
                          "there before is untouched")
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_file(path):
@@ -2197,8 +2194,6 @@ def stored_args(args, path):
         raise not_whole(path, error)
     args = {name: parsed[name] if name in parsed and value is not None and value is not False
             else value for name, value in args.items()}
-    if args.get("image_size"):
-        args["image_size"] = [args["image_size"][0], args["image_size"][-1]]
     return args
 
 
@@ -2368,14 +2363,9 @@ def find_weights(state, names):
             weights = weights["gen_model"]
         if not isinstance(weights, dict) or not weights:
             continue
-        plain = {}
-        for key, value in weights.items():
-            key = str(key)
-            while key.startswith(("module.", "_orig_mod.")):
-                key = key.split(".", 1)[1]
-            plain[key] = value
-        if all(isinstance(value, torch.Tensor) for value in plain.values()):
-            return plain
+        if all(isinstance(value, torch.Tensor) for value in weights.values()):
+            return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value
+                    for key, value in weights.items()}
     return {}
 
 
@@ -2529,12 +2519,10 @@ class Log:
         """Write every row into a new file and put that in place of the old one."""
         self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(".log.csv")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
+        with replacing(self.path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(temporary, self.path)
 
     def write(self, row):
         """Append a row, a dictionary with any columns."""
@@ -2646,6 +2634,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UsageError(f"{message[:300]} (--help explains all flags)")
+
+    def parse_args(self, argv):
+        """The flags as a Namespace, in which --image-size is height and width."""
+        args = super().parse_args(argv)
+        sides = args.image_size
+        if sides and len(sides) > 2:
+            raise UsageError(f"--image-size takes one side, or height and width, not {sides}")
+        if sides:
+            args.image_size = [sides[0], sides[-1]]
+        return args
 
     def add_group(self, title):
         """A group's function that adds a flag; its default, here or in a preset, ends the help."""
@@ -2807,11 +2805,6 @@ def parse_args(argv=None):
     args.out = out
     if args.data not in BUILT_IN:  # the run may be continued, or measured, from another folder
         args.data = os.path.abspath(args.data)
-    for flags in (before, args):
-        if len(flags.image_size) > 2:
-            raise UsageError("--image-size takes one side, or height and width, not "
-                             f"{flags.image_size}")
-        flags.image_size = [flags.image_size[0], flags.image_size[-1]]
     if args.resume:
         args.resume = path
         refuse_changes(args, before, f"continue {path}", free=FREE, tunable=TUNABLE)
