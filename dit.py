@@ -417,10 +417,10 @@ def flow_matching_loss(model, x1, labels, noise, t, cosine=True, drop=None, hidd
 def time_grid(steps, timestep_shift=1.0):
     """The steps + 1 times from 0 to 1: uniform t -> s*t / (1 + (s-1)*t), where s is the shift.
 
-    They are rounded to float32, as in the public code, where a step may lie on the very edge of
-    cfg_interval. s = 1 is uniform, and so is 0, the public code's "no shift". s < 1 takes small steps near the
-    noise, s > 1 near the data. In arXiv 2403.03206 t runs the other way and the shift is 1/s.
-    Raises ValueError unless steps >= 1 and s >= 0.
+    They are rounded to float32, as in the public code, since a step may lie on the very edge of
+    cfg_interval. s = 1 is uniform, and so is 0, the public code's "no shift". s < 1 takes small
+    steps near the noise, s > 1 near the data. In arXiv 2403.03206 t runs the other way and the
+    shift is 1/s. Raises ValueError unless steps >= 1 and s >= 0.
     """
     if steps < 1 or timestep_shift < 0:
         raise ValueError(f"steps {steps} and timestep_shift {timestep_shift}: need steps >= 1 and "

@@ -380,15 +380,15 @@ def open_evaluation(checkpoint, args, processes, **kwargs):
     if data is None:
         raise UsageError("this file does not say what it was trained on: name images with --data")
 
-    def opened(split):
-        return open_images(data, split, trained["image_size"], skip_bad=args.skip_bad_images,
+    def opened(split, skip_bad=args.skip_bad_images):
+        return open_images(data, split, trained["image_size"], skip_bad=skip_bad,
                            processes=processes, **kwargs)
 
-    if not args.split and data not in BUILT_IN:
-        images = opened("all")
+    same = trained["data"] and Path(data).resolve() == Path(trained["data"]).resolve()
+    if not args.split and not same and data not in BUILT_IN:
+        images = opened("all", skip_bad=False)  # only to see what it is
         moved = fingerprint(images) == checkpoint.get("fingerprint")
-        same = trained["data"] and Path(data).resolve() == Path(trained["data"]).resolve()
-        if not (moved or same or images.source.has_split):
+        if not moved and not images.source.has_split:
             split = "all"
     images = opened(split)
     processes.say(f"{data}: {images.source.about}")
@@ -407,7 +407,7 @@ def try_validation(path, checkpoint, codec, args, processes):
         if len(images.classes) != len(checkpoint["classes"]):  # public files know only numbers
             raise UsageError(f"{path} knows {len(checkpoint['classes'])} classes, {data} has "
                              f"{len(images.classes)}")
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         if args.data:
             raise
         processes.say(f"validation loss n/a: {error}")
@@ -1193,19 +1193,21 @@ def free_name(name, paths, args, processes, used):
     """Within it, the name of a report: `name`, or name-2, ... if it is `used`, or a report of other
     paths has it. A file without results keeps it for this call: others may be measuring, too."""
     paths = paths_of(paths)
-    unfinished = json.dumps({"paths": paths})
+    unfinished, taken = json.dumps({"paths": paths}), False
     args.out.mkdir(parents=True, exist_ok=True)
     for i in itertools.count(1):
         candidate = name if i == 1 else f"{name}-{i}"
         file = args.out / f"{candidate}.json"
-        if processes.rank == 0 and not file.exists():
-            file.write_text(unfinished)
-        if processes.agree(candidate not in used and paths_in(file) in (None, paths)):
+        if processes.rank == 0 and candidate not in used:
+            with contextlib.suppress(FileExistsError), open(file, "x") as stub:
+                taken = True
+                stub.write(unfinished)
+        if processes.agree(taken or candidate not in used and paths_in(file) == paths):
             break
     try:
         yield candidate
     finally:
-        if processes.rank == 0 and file.read_bytes() == unfinished.encode():
+        if taken and file.exists() and file.read_bytes() == unfinished.encode():
             file.unlink()
 
 

@@ -305,10 +305,12 @@ def find_splits(folder):
         like_train, like_val = ([p for name, p in by_name.items() if begins_with(name, words)]
                                 for words in (TRAIN_NAMES, VAL_NAMES))
         if like_train and like_val:
-            if len(like_train) + len(like_val) > 2:
-                names = ", ".join(p.name for p in like_train + like_val)
-                raise UsageError(f"--data {folder}: which of {names} are meant? Keep one folder to "
-                                 "train on and one for validation")
+            others = [p for name, p in by_name.items() if p not in like_train + like_val
+                      and not name.startswith(("test", "unlabel")) and holds_images(p)]
+            if len(like_train) + len(like_val) > 2 or others:
+                names = ", ".join(p.name for p in like_train + like_val + others[:2])
+                raise UsageError(f"--data {folder}: are {names} splits or classes? Name them "
+                                 "train/ and val/, or otherwise")
             (train,), (val,) = like_train, like_val
     if train and not val:
         val = by_name.get("test")
@@ -353,12 +355,13 @@ class Folder(Dataset):
         if val:
             self.held_out = np.arange(len(self)) >= sum(map(len, parts[0].values()))
         self.rule, self.about = f"{train.name}/ and {val.name}/" if val else "", ""
-        if train.name.lower() in TRAIN_NAMES + VAL_NAMES and train != self.folder:
+        if train != self.folder and (val or train.name.lower() in TRAIN_NAMES + VAL_NAMES):
             beside = [p.name for p in sorted(train.parent.iterdir())
                       if p not in (train, val) and not is_hidden(p.name) and holds_images(p)]
-            if beside and not val and self.classes == [FLAT]:
+            folders = [name for name in beside if (train.parent / name).is_dir()]
+            if folders and not val and self.classes == [FLAT]:
                 raise UsageError(f"--data {folder}: is {train.name}/ for training, or a class as "
-                                 f"{beside[0]}/ is? Rename it, or name --data {train}")
+                                 f"{folders[0]}/ is? Rename it, or name --data {train}")
             if beside:
                 self.about += f"; not used: {', '.join(beside[:6])}"
         if self.left_out:
@@ -369,7 +372,8 @@ class Folder(Dataset):
         while inner := unwrapped(folder):
             folder = inner
         for p in subfolders(folder):
-            if (p / "train").is_dir() and ((p / "val").is_dir() or (p / "test").is_dir()):
+            if (p / "train").is_dir() and holds_images(p / "train") and (
+                    (p / "val").is_dir() or (p / "test").is_dir()):
                 raise UsageError(f"--data {folder}: {p.name}/ has a train/ of its own: put train/ "
                                  f"and val/ on top and the classes into them, or name --data {p}")
         folders = {p.name: find_images(p, self.left_out, self.folder) for p in subfolders(folder)}
@@ -385,7 +389,7 @@ class Folder(Dataset):
 
     def names_and_samples(self):
         """A hash of all names and of some contents, by which the folder is known if it moves."""
-        digest = hashlib.sha256(b"\0".join(self.paths.names))
+        digest = hashlib.sha256(np.ascontiguousarray(self.paths.names).view(np.uint8))
         for index in spread(self.paths, 50).tolist():
             with contextlib.suppress(OSError):
                 if self.paths[index].is_file():
@@ -1156,7 +1160,7 @@ class LlamaGenTask:
         """Constructor arguments, but for num_classes and grad_checkpoint."""
         levels = codec.tokenizer.levels
         groups = args.token_groups
-        if groups == 0:  # the fewest that keep each digit's vocabulary within 4096
+        if not groups:  # the fewest that keep each digit's vocabulary within 4096
             divisors = [g for g in range(1, len(levels) + 1) if len(levels) % g == 0]
             groups = next((g for g in divisors if max(llamagen.group_vocab(levels, g)) <= 4096),
                           len(levels))
@@ -1272,7 +1276,7 @@ class GeneratorTraining:
         init = {}
         if args.init_from and not saved:
             init = load_checkpoint(args.init_from, args.model, heads=args.heads,
-                                   latent_scale=args.latent_scale)
+                                   latent_scale=args.latent_scale, image_size=args.image_size)
             if init["classes"] != images.classes and not init.get("public"):
                 processes.say(f"the classes of {args.init_from} are others, or in another order: "
                               "class i begins as its class i")
@@ -1480,7 +1484,7 @@ def find_teacher(args, processes, images, val_images):
     if teacher["classes"] != images.classes:
         raise UsageError(f"{path} knows other classes than --data {args.data}: remove it, or "
                          "choose another --out")
-    refuse_changes(args, only(teacher["args"], SOURCE_FLAGS), f"use {path}",
+    refuse_changes(args, only(teacher["args"], source_flags(teacher, images)), f"use {path}",
                    f"name it with --repa-teacher {path}, or remove it")
     return teacher
 
@@ -1510,7 +1514,8 @@ def train_teacher(args, processes, images, val_images, path):
     processes.say(f"the teacher names {accuracy:.1%} of the validation images")
     save_checkpoint(path, {"format": 2, "kind": "classifier", "network": network,
                            "ema": model.state_dict(), "classes": images.classes,
-                           "accuracy": accuracy, "args": plain_args(args), "step": flags.steps})
+                           "accuracy": accuracy, "args": plain_args(args), "step": flags.steps,
+                           "fingerprint": fingerprint(images)})
 
 
 def load_teacher(teacher, folder, processes):
@@ -2016,7 +2021,7 @@ def only_run_in(folder, processes):
 #   format, kind, args, network (the model's constructor arguments), step, classes, model, ema,
 #   optimizer, scaler, log; of a tokenizer also latents; of a generator also tokenizer and teacher.
 
-KEPT = ("format", "kind", "args", "network", "step", "ema", "classes", "latents")
+KEPT = ("format", "kind", "args", "network", "step", "ema", "classes", "latents", "fingerprint")
 
 
 @contextlib.contextmanager
@@ -2256,8 +2261,7 @@ def released(state, path, quiet, overrides):
 def two_sides(size, path):
     """[height, width] of an image size as a public configuration may have it: 256, [256, 256]."""
     sides = list(size) if isinstance(size, (list, tuple)) else [size]
-    if len(sides) > 2 or not all(isinstance(n, (int, float)) and n >= 1 and n == int(n)
-                                 for n in sides):
+    if len(sides) > 2 or not all(type(n) in (int, float) and n >= 1 and n % 1 == 0 for n in sides):
         raise UsageError(f"{path} has an image_size of {size!r}: name it with --image-size")
     return [int(sides[0]), int(sides[-1])]
 
@@ -2596,8 +2600,7 @@ FREE = ("out", "resume", "num_workers", "save_every", "eval_every", "log_every",
         "skip_bad_images", "tokenizer_steps", "init_from", "help")
 TUNABLE = ("data", "steps", "lr", "warmup", "cooldown", "grad_clip", "weight_decay", "disc_weight",
            "repa_weight", "ema_decay")
-SOURCE_FLAGS = ("data", "image_size", "seed")   # those that a first stage depends on as well
-PATHS = ("data", "tokenizer", "repa_teacher")   # the flags that may be spelled in many ways
+PATHS = ("data", "tokenizer", "repa_teacher")  # the flags that may be spelled in many ways
 
 
 def number(kind, least, most, name):
@@ -2803,8 +2806,12 @@ def parse_args(argv=None):
         sys.exit(0)
     before, args = parser.parse_args(stored), parser.parse_args([*stored, *argv])
     args.out = out
-    if args.data not in BUILT_IN:  # the run may be continued, or measured, from another folder
+    # The run may be continued, or measured, from another folder.
+    if args.data not in BUILT_IN:
         args.data = os.path.abspath(args.data)
+    for name in ("tokenizer", "repa_teacher"):
+        if getattr(args, name) and os.path.isfile(getattr(args, name)):
+            setattr(args, name, os.path.abspath(getattr(args, name)))
     if args.resume:
         args.resume = path
         refuse_changes(args, before, f"continue {path}", free=FREE, tunable=TUNABLE)
@@ -2872,6 +2879,13 @@ def as_argv(values, known):
         else:
             argv.append(f"{flag}={value}")
     return argv
+
+
+def source_flags(checkpoint, images):
+    """The flags beside its own that a first stage depends on. Data may lie elsewhere by now."""
+    known = checkpoint.get("fingerprint")
+    moved = known is not None and known == fingerprint(images)
+    return ("image_size", "seed") if moved else ("data", "image_size", "seed")
 
 
 def only(flags, names):
@@ -2972,8 +2986,9 @@ def first_stage(args, processes, splits):
     path, saved = flags.out / "ckpt.pt", None
     if path.exists():
         saved = load_checkpoint(path, "tokenizer")
-        refuse_changes(flags, only(saved["args"], (*TOKENIZER_FLAGS, *SOURCE_FLAGS)),
-                       f"use {path}", f"name it with --tokenizer {path}, or remove it")
+        names = (*TOKENIZER_FLAGS, *source_flags(saved, splits[0]))
+        refuse_changes(flags, only(saved["args"], names), f"use {path}",
+                       f"name it with --tokenizer {path}, or remove it")
         if saved["step"] >= flags.steps:
             return path
     processes.say(f"first {'continuing' if saved else 'training'} the tokenizer in {flags.out}")

@@ -400,48 +400,57 @@ def copied(function):
     return int(os.read(reading, 99))
 
 
-def scale(limits, args, classes=100, count=2_000):
-    """A folder of many (empty) files, and a token cache that is encoded in two goes."""
-    alone, total = train.ALONE._replace(device=DEVICE), classes * count
+def scale(limits, args):
+    """Folders of many (empty) files, and a token cache that is encoded in two goes."""
+    alone = train.ALONE._replace(device=DEVICE)
     network = train.tokenizer_arguments(parse("--model", "tokenizer"))
     checkpoint = {"kind": "tokenizer", "network": network}
-    checkpoint["ema"] = Tokenizer(**checkpoint["network"]).state_dict()
+    checkpoint["ema"] = Tokenizer(**network).state_dict()
+    for total in 20_000, 200_000:
+        many_files(total, checkpoint, alone)
+
+    codec = train.load_codec(checkpoint, [32, 32], DEVICE)
+    images, save = train.open_images("shapes", "val", [32, 32]), train.save_array
+
+    def killed(path, *args):
+        if path.stem == "512":
+            raise KeyboardInterrupt
+        save(path, *args)
+
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(total):
-            path = f"{folder}/images/n{number % classes:08d}/n{number % classes:08d}_{number}.JPEG"
-            if number < classes:
-                os.makedirs(os.path.dirname(path))
-            open(path, "w").close()
-        flags = parse("--data", f"{folder}/images", "--cache-dir", f"{folder}/cache")
-        with contextlib.redirect_stdout(io.StringIO()):
-            seconds = best(lambda: train.open_splits(flags, alone), 1)
-            tracemalloc.start()
-            splits = train.open_splits(flags, alone)
-            held, most = (size / total for size in tracemalloc.get_traced_memory())
-            tracemalloc.stop()
-        row(f"listing {total} files", f"{seconds:.1f} s")
-        seconds = best(lambda: [train.cache_key(checkpoint, images, flags.data, "train", 2)
-                                for images in splits], 1)
-        row("looking whether they have changed", f"{seconds:.1f} s")
-        row("their list", f"{held:.0f} bytes a file", "200", f"{most:.0f} while it is made")
-        size = copied(lambda: [None for images in splits for i, _ in enumerate(images.labels)
-                               if not images.source.paths[i]]) / total
-        row("what a loader process copies of it", f"{size:.0f} bytes a file")
-
-        codec = train.load_codec(checkpoint, [32, 32], DEVICE)
-        images, save = train.open_images("shapes", "val", [32, 32]), train.save_array
-
-        def killed(path, *args):
-            if path.stem == "512":
-                raise KeyboardInterrupt
-            save(path, *args)
-
+        flags = parse("--cache-dir", folder)
         for what, function, count in ("killed after", killed, 512), ("going on with", save, 488):
             train.save_array, begin = function, time.perf_counter()
             with contextlib.suppress(KeyboardInterrupt):
                 train.cached_tokens(flags, alone, checkpoint, codec, images, "val", 2)
             row(f"token cache of 1,000 drawings, 2 views, nano, {what} {count}",
                 f"{count / (time.perf_counter() - begin):.0f} images/s")
+
+
+def many_files(total, checkpoint, alone, classes=100):
+    """What it takes to list a folder of `total` files, and how large the list is."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(total):
+            path = f"{folder}/images/n{number % classes:08d}/n{number % classes:08d}_{number}.JPEG"
+            if number < classes:
+                os.makedirs(os.path.dirname(path))
+            open(path, "w").close()
+        flags = parse("--data", f"{folder}/images")
+        with contextlib.redirect_stdout(io.StringIO()):
+            seconds = best(lambda: train.open_splits(flags, alone), 1)
+            tracemalloc.start()
+            splits = train.open_splits(flags, alone)
+            held, most = (size / total for size in tracemalloc.get_traced_memory())
+            tracemalloc.stop()
+        row(f"listing {total} files", f"{seconds:.2f} s")
+        seconds = best(lambda: [train.cache_key(checkpoint, images, flags.data, "train", 2)
+                                for images in splits], 1)
+        row(f"looking whether {total} files have changed", f"{seconds:.2f} s")
+        row(f"the list of {total} files", f"{held:.0f} bytes a file", "200",
+            f"{most:.0f} while it is made")
+        size = copied(lambda: [None for images in splits for i, _ in enumerate(images.labels)
+                               if not images.source.paths[i]]) / total
+        row(f"what a loader process copies of {total} files", f"{size:.0f} bytes a file")
 
 
 def growth(limits, args):

@@ -26,6 +26,7 @@ import fcntl
 import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ import train  # noqa: E402
 
 PAGE, README = ROOT / "assets" / "findings.md", ROOT / "README.md"
 BENCHMARK = ROOT / "assets" / "benchmark.json"
+BEFORE = ROOT / "assets" / "benchmark-before.json"  # of an older commit
 SIZE = 16        # of the images, pixels
 SEEDS = (0, 1, 2)
 SAMPLES = 500    # of a generator, every class equally often
@@ -314,6 +316,7 @@ class Claim(NamedTuple):
     step: int = None        # at which generators are compared
     within: float = 0.0     # the most that a "close" claim allows
     headline: bool = False  # whether the README has it too
+    data: str = "cifar10"   # the name of the data set
 
 
 def tokenizer(*flags):
@@ -350,15 +353,16 @@ def compare(shop, claim):
 
 
 def comparisons(claim):
-    """What every data set that has the reports says of a claim."""
-    return list(filter(None, (compare(shop, claim) for shop in all_reports())))
+    """What every data set of the claim's name that has the reports says of it."""
+    shops = [shop for shop in all_reports() if shop.name == claim.data]
+    return list(filter(None, (compare(shop, claim) for shop in shops)))
 
 
 def lines_of_claims(question=None):
-    """Lines of Markdown: the claims of a question, or the short form of all of them."""
+    """Lines of Markdown: the claims of a (question, name of the data), or the headlines of all."""
     lines = []
     for claim in CLAIMS:
-        if claim.question == question or question is None and claim.headline:
+        if question == (claim.question, claim.data) or question is None and claim.headline:
             digits = METRICS[claim.metric][1]
             numbers = [f"{c.difference:+.{digits}f} ({c.low:+.{digits}f} to {c.high:+.{digits}f})"
                        for c in comparisons(claim)]
@@ -527,6 +531,30 @@ CLAIMS = [
           "Whether alignment lowers DiT's loss with AdamW is undecided.", LATE),
     Claim("optimizer", "higher", SHARE, with_adamw(ALIGNED_DIT), with_adamw(DIT),
           "But more of an aligned DiT's samples show their class.", LATE),
+    Claim("bottlenecks", "close", PSNR, IFSQ, FSQ, "ifsq and fsq have the same PSNR.", within=0.5,
+          data="shapes"),
+    Claim("bottlenecks", "lower", PSNR, IFSQ, AE, "ifsq falls behind an autoencoder.",
+          data="shapes"),
+    Claim("bottlenecks", "lower", PSNR, IFSQ, tokenizer("--quantizer", "vae"),
+          "ifsq falls behind a vae.", data="shapes"),
+    Claim("bottlenecks", "higher", PSNR, tokenizer(*EQUAL), IFSQ,
+          "Bins of equal width have a slightly higher PSNR than the usual ones.", data="shapes"),
+    Claim("bits", "higher", PSNR, FIVE, THREE, "5 levels a channel have a higher PSNR than 3.",
+          data="shapes"),
+    Claim("bits", "higher", PSNR, NINE, FIVE, "9 levels have a higher PSNR than 5.",
+          data="shapes"),
+    Claim("bits", "higher", PSNR, IFSQ, NINE, "17 levels have a higher PSNR than 9.",
+          data="shapes"),
+    Claim("bits", "lower", RFD, IFSQ, NINE, "They are nearer to the images, too.", data="shapes"),
+    Claim("bits", "higher", PSNR, SIXTY_FIVE, IFSQ, "65 levels have a higher PSNR than 17.",
+          data="shapes"),
+    Claim("bits", "lower", RFD, SIXTY_FIVE, IFSQ, "They are nearer to the images.",
+          data="shapes"),
+    Claim("bits", "undecided", PSNR, SIXTY_FIVE, AE,
+          "Whether they fall behind an autoencoder's four channels is undecided.", data="shapes"),
+    Claim("bits", "lower", PSNR, EIGHT_OF_5, IFSQ,
+          "On drawings eight channels of 5 levels have a lower PSNR than four of 17.",
+          data="shapes", headline=True),
 ]
 
 
@@ -755,18 +783,32 @@ def draw_all(questions):
     for question in questions:
         for shop in all_reports():
             draw(shop, question)
-        write_between(PAGE, f"claims: {question}", lines_of_claims(question))
+            write_between(PAGE, f"claims: {shop.name}-{question}",
+                          lines_of_claims((question, shop.name)))
     write_between(README, "claims", lines_of_claims())
     write_between(README, "speed", speeds())
 
 
 def speeds():
-    """Lines of Markdown: what `tests/benchmark.py --json assets/benchmark.json` measured."""
-    report = json.loads(BENCHMARK.read_text())
-    rows = [f"| {' | '.join(row)} |" for row in report["rows"]]
-    return [f"{report['device']}, {report['threads']} threads, torch {report['torch']}:", "",
-            "<details><summary>the table</summary>", "", "| what | measured | limit | |",
-            "|---|---|---|---|", *rows, "", "</details>"]
+    """Lines of Markdown: what `tests/benchmark.py --json` measured, before and now."""
+    now, before = (json.loads(path.read_text()) for path in (BENCHMARK, BEFORE))
+    earlier = {what: figure for what, figure, *_ in before["rows"]}
+    table = [f"| what | {before['commit']} | now | gain | limit | |", "|---|---|---|---|---|---|"]
+    for what, figure, limit, note in now["rows"]:
+        old = earlier.get(what, "")
+        table.append(f"| {what} | {old} | {figure} | {gain(old, figure)} | {limit} | {note} |")
+    return [f"{now['device']}, {now['threads']} threads, torch {now['torch']}; commit "
+            f"{before['commit']} was measured on the same machine on the same day:", "",
+            "<details><summary>the table</summary>", "", *table, "", "</details>"]
+
+
+def gain(before, now):
+    """How many times better a figure of the benchmark has become, in words, if it can be said."""
+    figures = [re.fullmatch(r"([\d.]+) (s|ms|bytes a file|.*/s.*)", text) for text in (before, now)]
+    if not all(figures):
+        return ""
+    ratio = float(figures[1][1]) / float(figures[0][1])
+    return f"{ratio if '/s' in figures[0][2] else 1 / ratio:.2f}"
 
 
 def cost(shop, question):

@@ -198,11 +198,15 @@ LAYOUTS = {  # name: (files, images of "all", classes, what is said)
     "other splits": ("train/a/1 val/a/2 test/a/3 dev/a/4 x", 2, "a", "not used: dev, test, x.png"),
     "two spellings": ("train/a/1 Train/a/2 val/a/3", 2, "a", "not used: "),
     "with a year": ("train2017/a/1 train2017/b/1 val2017/a/1", 3, "a b", "train2017/ and val2017/"),
+    "a year, and others": ("train2017/a/1 val2017/a/1 test2017/1", 2, "a", "not used: test2017"),
+    "a picture beside": ("train/1 train/2 preview", 2, "images", "not used: preview.png"),
+    "a folder of logs": ("a/1 b/1 runs/train/ runs/test/", 2, "a b", "2 of 2 images"),
     "a class that sounds like a split": ("train_station/1 valley/1", 2, "train_station valley", ""),
     "a name with @": ("@alice/1 bob/1 @eaDir/x", 2, "@alice bob", "2 of 2 images"),
 }
 REFUSED_LAYOUTS = {  # name: (files, words of the line)
-    "which pair": ("train2014/a/1 train2017/a/1 val2017/a/1", "which of train2014, train2017, val2"),
+    "which pair": ("train2014/a/1 train2017/a/1 val2017/a/1", "are train2014, train2017, val2017 splits"),
+    "classes like splits": ("train-station/1 val-de-loire/1 church/1", "splits or classes"),
     "splits below classes": ("a/train/1 a/val/1 b/train/1 b/val/1", "a/ has a train/ of its own"),
     "a class named train": ("bus/1 car/1 train/1", "is train/ for training, or a class as bus/ is"),
     "val without classes": ("train/a/1 train/b/1 val/1", "val/ has no folders of train/'s classes"),
@@ -215,7 +219,7 @@ def test_layouts_of_folders(tmp_path, name):
     files, count, classes, words = LAYOUTS[name]
     for file in files.split():
         if file.endswith("/"):
-            (tmp_path / file).mkdir()
+            (tmp_path / file).mkdir(parents=True)
         else:
             put(tmp_path / f"{file}.png")
     images = open_images(str(tmp_path), "all", [16, 16])
@@ -714,6 +718,7 @@ def test_a_run_remembers_its_data_wherever_it_is_called_from(base, tmp_path, mon
 @pytest.mark.parametrize("flag, value", [("--seed", "5"), ("--image-size", "24"), ("--data", None)])
 def test_a_first_stage_of_other_settings_is_not_taken(base, tmp_path, capsys, stage, flag, value):
     shutil.copytree(base / "data", tmp_path / "data")
+    put(tmp_path / "data" / "train" / "cat" / "3.png", 255)  # a copy alone is no other data
     shutil.copytree(base / ("tok" if stage == "tokenizer" else "repa/teacher"),
                     tmp_path / "run" / stage)
     flags = ["--tokenizer-steps", "1"]
@@ -737,6 +742,26 @@ def test_what_a_continued_run_stands_on_is_not_exchanged(base, tmp_path, capsys)
         assert f"{flag} was" in refused(capsys, train.main, [*argv, flag, base / path])
     train.main([*map(str, argv), "--tokenizer", str(base / "tok" / ".." / "tok" / "ckpt.pt"),
                 "--cache-dir", str(tmp_path / "cache")])
+
+
+def test_a_run_goes_on_from_another_folder(base, tmp_path, monkeypatch):
+    """With its tokenizer named once more, as seen from there."""
+    path = copied(base, "lg", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    other = os.path.relpath(base / "tok" / "ckpt.pt")
+    train.main(["--resume", str(path), "--tokenizer", other, "--steps", "2", "--cache-dir", "c"])
+
+
+def test_samples_need_no_images(base, tmp_path, capsys):
+    """Not even if the folder cannot be read any more."""
+    path = copied(base, "lg", tmp_path)
+    state = torch.load(path, weights_only=True)
+    state["args"]["data"] = str(tmp_path / "data")
+    torch.save(state, path)
+    shutil.copytree(base / "data", tmp_path / "data")
+    (tmp_path / "data" / "train" / "cat" / "link").symlink_to(tmp_path / "gone")
+    assert report(tmp_path / "out", path)["results"]["samples"] == 3
+    assert "validation loss n/a" in capsys.readouterr().out
 
 
 def test_a_name_is_taken_as_soon_as_a_report_begins(tmp_path):

@@ -165,7 +165,6 @@ def test_a_step_on_the_edge_of_the_interval_is_guided(steps, edge, guided):
     assert [n == 2 for n in calls] == expected.tolist()
 
 
-
 @pytest.mark.parametrize("shift", [0, 0.1, 0.2, 0.3, 1, 3])
 def test_times_end_at_exactly_1(shift):
     assert time_grid(10, shift)[0] == 0 and time_grid(10, shift)[-1] == 1
