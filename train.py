@@ -700,10 +700,15 @@ def load(args, processes, dataset, keys):
 
 
 def ignore_signals(worker):
-    """What stops a run may reach all its processes; the loaders live on until it has saved."""
+    """What stops a run may reach all its processes; the loaders live on until it has saved.
+
+    SIGTERM leaves them 30 seconds: by that Python itself stops those that are left when it ends.
+    """
     for name in Interrupts.names:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def to_float(x, device):

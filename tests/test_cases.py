@@ -797,3 +797,11 @@ def test_a_signal_to_the_loaders_too_does_not_cost_the_run(tmp_path, name):
         os.killpg(process.pid, number)
         assert process.wait(60) == 128 + number, process.stderr.read()
     assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] > 0
+
+
+def test_loaders_that_are_left_do_not_keep_python_from_ending():
+    code = ("import itertools, train; from torch.utils.data import DataLoader; "
+            "x = iter(DataLoader(range(9), batch_sampler=itertools.repeat([0]), num_workers=2, "
+            "worker_init_fn=train.ignore_signals)); next(x); train.kept = x")
+    subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent, check=True,
+                   timeout=60)
