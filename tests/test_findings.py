@@ -166,6 +166,14 @@ def test_what_the_page_says_of_half_the_steps():
         assert read(reports.report(muon, 200)) < read(reports.report(adamw, 400))
 
 
+def test_what_the_page_says_of_the_gain_per_bit_on_drawings():
+    points = findings.values_of(reports_of("shapes")[0], "bits", findings.PSNR)["4 channels"]
+    bits, psnr = np.array(list(points)), np.array(list(points.values()))       # (5,), (5,3)
+    gains = np.diff(psnr, axis=0) / np.diff(bits)[:, None]                     # (4,3)
+    assert (np.diff(gains, axis=0) < 0).all()
+    assert gains.mean(1) == pytest.approx([2.8, 2.0, 1.6, 0.9], abs=0.06)
+
+
 def claim_of(values, floor=20.0, within=0.0):
     """How `findings.compare` sees PSNRs {alpha: one for each seed}."""
     def read(run):
