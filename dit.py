@@ -426,7 +426,7 @@ def time_grid(steps, timestep_shift=1.0):
         raise ValueError(f"steps {steps} and timestep_shift {timestep_shift}: need steps >= 1 and "
                          "a shift >= 0 (1 or 0 = uniform)")
     shift = timestep_shift or 1.0
-    t = torch.linspace(0, 1, steps + 1)                        # (steps + 1,)
+    t = torch.linspace(0, 1, steps + 1, dtype=torch.float32)   # (steps + 1,)
     return [*(shift * t / (1 + (shift - 1) * t)).tolist()[:-1], 1.0]
 
 
@@ -468,7 +468,7 @@ def sample(model, noise, labels, steps=250, sampler="euler", cfg_scale=1.0,
         raise ValueError(f'unknown sampler "{sampler}": choose "euler" or "heun"')
     if not 0 <= lo <= hi <= 1:
         raise ValueError(f"cfg_interval ({lo}, {hi}) must satisfy 0 <= lo <= hi <= 1")
-    lo, hi = torch.tensor([lo, hi]).tolist()                   # float32, as the times are
+    lo, hi = torch.tensor([lo, hi], dtype=torch.float32).tolist()  # as the times are
 
     def velocity(x, time):
         t = torch.full((len(x),), time, dtype=torch.float32, device=x.device)  # (B,)

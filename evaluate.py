@@ -59,9 +59,9 @@ from train import (BUILT_IN, COUNT, TASKS, WEIGHT, WHOLE, Parser, UsageError, ba
                    build_network, building, cached_tokens, check_compiler, compile_networks,
                    counted, draw_reconstructions, find_images, fingerprint, guarded,
                    load_checkpoint, load_codec, load_teacher, load_weights, measure_tokenizer,
-                   number, open_images, plain_args, read_file, read_image, read_teacher, readable,
-                   sample_pictures, sampling_settings, seed_of, slope, spread, start_processes,
-                   to_float, validate_generator)
+                   number, number_of_codes, open_images, plain_args, read_file, read_image,
+                   read_teacher, readable, sample_pictures, sampling_settings, seed_of, slope,
+                   spread, start_processes, to_float, validate_generator)
 
 METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
 SAMPLING = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler",
@@ -1465,9 +1465,7 @@ def with_tokenizer(path, checkpoint, tokenizer):
         size = size or unstated_size(path)
         network = {**network, "grid": [side // f for side in size]}
         vocabulary = math.prod(network["vocab_sizes"])
-        known = coder.get("codebook_size") or math.prod(coder["levels"])
-        if coder["quantizer"] in ("vae", "ae"):
-            known = 0
+        known = 0 if coder["quantizer"] in ("vae", "ae") else number_of_codes(coder)
         if vocabulary != known:
             raise UsageError(f"{path} knows {vocabulary} codes, its tokenizer {known}: name "
                              "another --tokenizer")

@@ -220,8 +220,8 @@ def walk_images(folder, left_out=None, top=None):
     once, and a link to a folder above it not at all.
 
     left_out: a dictionary that counts the other files by suffix. top: the folder, this one or one
-    above, that the names begin from. A folder that may not be read, or a link that leads nowhere,
-    raises OSError.
+    above, that the names begin from. OSError for a folder that may not be read, and for a link
+    that leads nowhere and could be a folder's.
     """
     def refuse(error):
         raise error
@@ -240,7 +240,7 @@ def walk_images(folder, left_out=None, top=None):
                 yield below + name
                 continue
             if not is_hidden(name):
-                os.stat(os.path.join(where, name))
+                os.stat(os.path.join(where, name))  # os.walk takes dead links for files
             if left_out is not None:
                 suffix = os.path.splitext(name)[1].lower()
                 kind = "hidden" if is_hidden(name) else suffix or "no suffix"
@@ -309,8 +309,8 @@ def find_splits(folder):
                       and not name.startswith(("test", "unlabel")) and holds_images(p)]
             if len(like_train) + len(like_val) > 2 or others:
                 names = ", ".join(p.name for p in like_train + like_val + others[:2])
-                raise UsageError(f"--data {folder}: are {names} splits or classes? Name them "
-                                 "train/ and val/, or otherwise")
+                raise UsageError(f"--data {folder}: are {names} splits or classes? Rename the "
+                                 "splits to train/ and val/, or the classes to something else")
             (train,), (val,) = like_train, like_val
     if train and not val:
         val = by_name.get("test")
@@ -476,7 +476,7 @@ def read_image(path):
     Image.MAX_IMAGE_PIXELS = None  # one's own photographs may be large
     if not os.path.isfile(path):   # a FIFO would wait for ever
         raise ValueError("not a regular file")
-    with open(path, "rb") as file:  # what Pillow maps by its path, it turns wrongly
+    with open(path, "rb") as file:  # given the path, Pillow may map the file and turn it wrongly
         image = Image.open(file)
         image.load()
     with contextlib.suppress(Exception):  # damaged EXIF data say nothing about the pixels
@@ -707,7 +707,6 @@ def ignore_signals(worker):
     for name in Interrupts.names:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
@@ -1981,10 +1980,9 @@ class Interrupts:
         with contextlib.suppress(ValueError):  # only a program's main thread may ask for signals
             for name in self.names:
                 number = getattr(signal, name, None)  # Windows lacks two of them
-                if number is not None:
+                nohup = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+                if number is not None and not nohup:
                     self.before[number] = signal.signal(number, self.note)
-                if name == "SIGHUP" and self.before.get(number) == signal.SIG_IGN:  # of nohup
-                    signal.signal(number, signal.SIG_IGN)
         return self
 
     def note(self, number, frame):
@@ -2023,8 +2021,9 @@ def only_run_in(folder, processes):
 
 # ---- What the loop stands on: checkpoints -------------------------------------------------------
 # A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionaries:
-#   format, kind, args, network (the model's constructor arguments), step, classes, model, ema,
-#   optimizer, scaler, log; of a tokenizer also latents; of a generator also tokenizer and teacher.
+#   format, kind, args, network (the model's constructor arguments), step, classes, fingerprint (of
+#   the images' folder), model, ema, optimizer, scaler, log; of a tokenizer also latents; of a
+#   generator also tokenizer and teacher.
 
 KEPT = ("format", "kind", "args", "network", "step", "ema", "classes", "latents", "fingerprint")
 
@@ -2057,6 +2056,7 @@ def replacing(path, mode="wb", **kwargs):
 
 
 def save_checkpoint(path, state):
+    """Replace the file `path`. Raises UsageError if there is no room, and leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(path) as file:
@@ -2202,9 +2202,8 @@ def stored_args(args, path):
         parsed = plain_args(parser.parse_args(as_argv(args, vars(known))))
     except UsageError as error:
         raise not_whole(path, error)
-    args = {name: parsed[name] if name in parsed and value is not None and value is not False
+    return {name: parsed[name] if name in parsed and value is not None and value is not False
             else value for name, value in args.items()}
-    return args
 
 
 def upgraded(state):
@@ -2709,7 +2708,8 @@ def make_parser():
     add("--alpha", "slope of the quantizer's sigmoid, or erf for the Gaussian CDF; unset, 1.6 for "
         "ifsq and 2.0 for fsq", slope, "{A,erf}")
     add("--edges", "half: the two outer bins are half as wide, as in the paper; full: all equal; "
-        "original: as in the first FSQ", choices=["half", "full", "original"], default="half")
+        "original: the bound of Mentzer et al.", choices=["half", "full", "original"],
+        default="half")
     add("--downsample", "image side over latent side, a power of 2", COUNT, "F")
     add("--hidden", "width at the full resolution", COUNT, "C")
     add("--multipliers", "widths over --hidden, from the full resolution down", COUNT, "M",
@@ -3019,7 +3019,7 @@ def train(args):
                 raise UsageError(f"{args.resume} has finished its {args.steps} steps: "
                                  "raise --steps to continue")
         splits = open_splits(args, processes, saved and saved["classes"])
-        # Before any work is done.
+        # Before a first stage is trained.
         micro_batch_size(len(splits[0]), args.batch_size, processes.world, args.grad_accum)
         if args.model == "tokenizer":
             training = TokenizerTraining(args, processes, saved, splits)

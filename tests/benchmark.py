@@ -620,7 +620,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="add rows with torch.compile")
     parser.add_argument("--json", type=Path, metavar="PATH",
                         help="write the rows as JSON, too; the README shows those of "
-                             "assets/benchmark.json")
+                             "assets/benchmark.json beside assets/benchmark-before.json")
     args = parser.parse_args()
     unknown = set(args.sections) - set(SECTIONS)
     if unknown:
@@ -633,8 +633,10 @@ def main():
     for name in args.sections or usual:
         SECTIONS[name](limits, args)
     if args.json:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+                                capture_output=True).stdout.strip()
         report = {"torch": torch.__version__, "device": processor(), "rows": MEASURED,
-                  "threads": torch.get_num_threads()}
+                  "threads": torch.get_num_threads(), "commit": commit}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

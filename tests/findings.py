@@ -358,11 +358,11 @@ def comparisons(claim):
     return list(filter(None, (compare(shop, claim) for shop in shops)))
 
 
-def lines_of_claims(question=None):
+def lines_of_claims(section=None):
     """Lines of Markdown: the claims of a (question, name of the data), or the headlines of all."""
     lines = []
     for claim in CLAIMS:
-        if question == (claim.question, claim.data) or question is None and claim.headline:
+        if section == (claim.question, claim.data) or section is None and claim.headline:
             digits = METRICS[claim.metric][1]
             numbers = [f"{c.difference:+.{digits}f} ({c.low:+.{digits}f} to {c.high:+.{digits}f})"
                        for c in comparisons(claim)]
@@ -801,13 +801,13 @@ def speeds():
     for what, figure, limit, note in now["rows"]:
         old = earlier.get(what, "")
         table.append(f"| {what} | {old} | {figure} | {gain(old, figure)} | {limit} | {note} |")
-    return [f"{now['device']}, {now['threads']} threads, torch {now['torch']}; commit "
-            f"{before['commit']} was measured on the same machine on the same day:", "",
-            "<details><summary>the table</summary>", "", *table, "", "</details>"]
+    machines = dict.fromkeys(f"{report['device']}, {report['threads']} threads, torch "
+                             f"{report['torch']}" for report in (before, now))
+    return [f"{'; now: '.join(machines)}", "", "<details><summary>the table</summary>", "", *table, "", "</details>"]
 
 
 def gain(before, now):
-    """How many times better a figure of the benchmark has become, in words, if it can be said."""
+    """How many times better a figure of the benchmark has become, as text; "" if it has no unit."""
     figures = [re.fullmatch(r"([\d.]+) (s|ms|bytes a file|.*/s.*)", text) for text in (before, now)]
     if not all(figures):
         return ""

@@ -139,19 +139,21 @@ def test_what_the_page_says_of_the_classifier():
 
 
 def test_what_the_page_says_of_drawings():
-    margins = {name: findings.above_floor(report) for name, report in reports_of("shapes")[1].items()}
-    stuck = min(margins, key=margins.get)
-    psnr = sorted(report["results"]["psnr"] for name, report in reports_of("shapes")[1].items()
-                  if "vq" in name)
-    assert "vq" in stuck and [round(value, 1) for value in psnr] == [22.3, 32.6, 32.6]
-    del margins[stuck]
-    assert 11 <= min(margins.values()) and max(margins.values()) <= 17
+    reports, tokenizers = reports_of("shapes")
+    vq = {name: report for name, report in tokenizers.items() if "vq" in name}
+    margins = [findings.above_floor(tokenizers[name]) for name in tokenizers.keys() - vq.keys()]
+    assert 11 <= min(margins) and max(margins) <= 17
+    psnr = sorted(report["results"]["psnr"] for report in vq.values())
+    assert [round(value, 1) for value in psnr] == [22.3, 32.6, 32.6]
+    assert round(min(map(findings.above_floor, vq.values())), 1) == 1.5
+    for name, loss in ("shapes", -2.3), ("cifar10", -0.4):
+        claim = findings.Claim("", "lower", findings.PSNR, findings.IFSQ, findings.AE, "")
+        assert round(findings.compare(reports_of(name)[0], claim).difference, 1) == loss
 
 
-@pytest.mark.parametrize("name", ["cifar10", "shapes"])
-def test_what_the_page_says_of_bits(name):
+def test_what_the_page_says_of_bits():
     """Each bit a channel buys less PSNR than the one before."""
-    points = findings.values_of(reports_of(name)[0], "bits", findings.PSNR)["4 channels"]
+    points = findings.values_of(reports_of("cifar10")[0], "bits", findings.PSNR)["4 channels"]
     bits, psnr = list(points), [findings.mean(values) for values in points.values()]
     gains = np.diff(psnr) / np.diff(bits)
     assert (gains > 0).all() and (np.diff(gains) < 0).all(), gains
@@ -164,6 +166,35 @@ def test_what_the_page_says_of_half_the_steps():
         muon, adamw = (run._replace(seed=seed) for run in (
             findings.LLAMAGEN, findings.with_adamw(findings.LLAMAGEN)))
         assert read(reports.report(muon, 200)) < read(reports.report(adamw, 400))
+
+
+def test_what_the_page_says_of_both_optimizers():
+    """How alignment and the lead of DiT change with the optimizer."""
+    reports = reports_of("cifar10")[0]
+
+    def difference(metric, a, b):
+        """a - b for each seed."""
+        read = findings.METRICS[metric][0]
+        return np.array([read(reports.report(a._replace(seed=seed), findings.LATE))
+                         - read(reports.report(b._replace(seed=seed), findings.LATE))
+                         for seed in findings.SEEDS])
+
+    def change(metric, a, b):
+        """How much larger a - b is with AdamW than with Muon: the interval of the mean."""
+        with_adamw = difference(metric, findings.with_adamw(a), findings.with_adamw(b))
+        return findings.evaluate.interval(with_adamw - difference(metric, a, b))
+
+    llamagen, dit = findings.LLAMAGEN, findings.DIT
+    for metric in findings.SHARE, findings.TO_REBUILT:
+        low, high = change(metric, llamagen, dit)
+        assert low < 0 < high
+    for plain, aligned, loss in ((llamagen, findings.ALIGNED_LLAMAGEN, findings.BITS),
+                                 (dit, findings.ALIGNED_DIT, findings.ERROR)):
+        for optimizer in (lambda run: run), findings.with_adamw:
+            for metric, sign in (loss, -1), (findings.SHARE, 1), (findings.TO_REBUILT, -1):
+                assert sign * difference(metric, optimizer(aligned), optimizer(plain)).mean() > 0
+    assert change(findings.BITS, findings.ALIGNED_LLAMAGEN, llamagen)[1] < 0
+    assert change(findings.SHARE, findings.ALIGNED_DIT, dit)[1] < 0
 
 
 def test_what_the_page_says_of_the_gain_per_bit_on_drawings():
