@@ -42,6 +42,8 @@ SIZES = {  # name: (depth, width, heads); nano is ours, for a laptop, the others
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
+    "1p0B": (24, 1536, 24),
+    "1p6B": (28, 1792, 28),
 }
 
 

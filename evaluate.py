@@ -182,7 +182,8 @@ def pca_floor(images, model):
     _, vectors = scipy.linalg.eigh(torch.cov(patches.T).numpy())
     basis = torch.from_numpy(vectors[:, ::-1][:, :d].copy())                           # (3ff,d)
     values = (patches - mean) @ basis                                                  # (N,d)
-    levels = model.levels if model.quantizer in ("ifsq", "fsq") else None
+    scalar = model.quantizer in ("ifsq", "fsq")
+    levels = model.levels[:basis.shape[1]] if scalar else None  # a patch may have fewer values
 
     def rounded(values, width):
         """The nearest of L points spread evenly over [-width, width], channel by channel."""
@@ -413,7 +414,9 @@ def try_validation(path, checkpoint, codec, args, processes):
         processes.say(f"validation loss n/a: {error}")
         return None, None
     args.data = data
-    tokens = cached_tokens(args, processes, checkpoint["tokenizer"], codec, images, split, views=1)
+    with building(path):
+        tokens = cached_tokens(args, processes, checkpoint["tokenizer"], codec, images, split,
+                               views=1)
     return tokens, {"data": data, "split": split, "images": min(1000, len(images))}
 
 

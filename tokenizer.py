@@ -638,7 +638,9 @@ def released_quantizer(weights, config, levels, alpha):
     if levels is None:
         levels = config.get("levels")
     # Where it is not said, the public code takes the FSQ of Mentzer et al., which has no slope.
-    if not config.get("do_simple_bound", "act_fun" not in config):
+    # The bound with a slope is for odd levels only.
+    even = any(level % 2 == 0 for level in levels or ())
+    if even or not config.get("do_simple_bound", "act_fun" not in config):
         edges = "original"
         alpha = alpha or 2.0
     if alpha is None and "act_fun" in config:

@@ -94,7 +94,7 @@ SCHEDULES = {
         optimizer="adamw", steps=1_000_000, batch_size=128, lr=1e-4, weight_decay=0.0, warmup=0,
         cooldown=0.0, grad_clip=1.0, ema_decay=0.999),
     ("llamagen", "nano"): dict(
-        optimizer="muon", steps=480, batch_size=32, lr=0.025, weight_decay=0.05, warmup=30,
+        optimizer="muon", steps=360, batch_size=64, lr=0.025, weight_decay=0.05, warmup=30,
         cooldown=0.5, grad_clip=1.0, ema_decay=0.98, dropout=0.0, token_groups=0,
         repa_weight=2.0, repa_width=512),
     ("llamagen", "paper"): dict(
@@ -2318,8 +2318,9 @@ def public_llamagen(path, weights, config, overrides):
 
 def public_dit(path, weights, config, overrides):
     """As `public_tokenizer`. Its latents are z times one scale, and guided in three channels."""
-    network = dit.released_arguments(weights, overrides.get("heads"),
-                                     config.get("model", {}).get("use_rope"))
+    switches = config.get("model")  # what it leaves out is off in the public code
+    rope = bool(switches.get("use_rope")) if switches else None
+    network = dit.released_arguments(weights, overrides.get("heads"), rope)
     refuse_other_latents(path, config, network)
     about = [in_words(network), *unused(config)]
     if network["rope"] and "feat_rope.freqs_cos" not in weights:
@@ -2927,7 +2928,8 @@ def check_args(args):
     if any(side % f for side in args.image_size):
         raise UsageError(f"--image-size {' '.join(map(str, args.image_size))} is not a multiple of "
                          f"--downsample {f}: change one of them")
-    if math.prod(args.image_size) > 2**26 or math.prod(args.levels) >= 2**63:
+    codes = math.prod(args.levels) if args.quantizer in ("ifsq", "fsq") else 0
+    if math.prod(args.image_size) > 2**26 or codes >= 2**63:
         raise UsageError("--image-size or the product of --levels is too large: "
                          f"{args.image_size} px, {len(args.levels)} channels")
     if args.model != "tokenizer":

@@ -482,7 +482,7 @@ def learning(limits, args):
         tokenizer = race("tokenizer, drawings", folder / "drawings", "--model", "tokenizer")
         if tokenizer:
             race("LlamaGen, drawings", folder / "llamagen", "--model", "llamagen",
-                 "--tokenizer", tokenizer, "--cache-dir", folder / "cache")
+                 "--tokenizer", tokenizer, "--cache-dir", folder / "cache", "--batch-size", "32")
         if args.cifar:
             race("tokenizer, CIFAR-10", folder / "cifar", "--model", "tokenizer",
                  "--data", args.cifar, "--image-size", 32, "--downsample", 4)

@@ -4,8 +4,8 @@
     python tests/findings.py --draw             # pictures, tables and claims from the reports
     python tests/findings.py alpha --data shapes               # without a download
 
-Questions: bottlenecks bits alpha edges models repa repa-layer repa-weight optimizer. All run at
-16 px, 4x down (16 tokens an image), with models of size nano and three seeds. A run that has a
+Questions: bottlenecks bits alpha edges models repa repa-layer repa-weight optimizer
+tokenizer-optimizer. All run at 16 px, 4x down (16 tokens an image), with models of size nano and three seeds. A run that has a
 report in assets/findings is not repeated, an interrupted one goes on from its last checkpoint, and
 several of these commands may work at the same time. Every step is a command of train.py or
 evaluate.py, and its flags are in the report. Reports lie in a folder named after the data's
@@ -51,7 +51,7 @@ SEEDS = (0, 1, 2)
 SAMPLES = 500    # of a generator, every class equally often
 MARGIN = 1.5     # dB above the PCA floor that a tokenizer must have to be compared
 BASE = 3000      # steps of the tokenizers that generators stand on
-STEPS = {"tokenizer": (1000,), "llamagen": (200, 400, 800), "dit": (200, 400, 800)}
+STEPS = {"tokenizer": (1000,), "llamagen": (200, 400, 800, 1600), "dit": (200, 400, 800, 1600)}
 
 # The flags that differ from nano's presets. The generators have no cool-down, so that a run can go
 # on to the next step it is measured at, and equal batches, so that equal steps are equal data.
@@ -160,7 +160,7 @@ def with_weight(model, weight):
 # The steps at which generators are compared: layers and weights of alignment early, most else late.
 EARLY, LATE = 200, 400
 ADAMW = ("--optimizer", "adamw")
-LEVELS = (3, 5, 9, 17, 65)
+LEVELS = (2, 3, 5, 9, 17, 33, 65)
 MODELS = {"llamagen": "LlamaGen", "dit": "DiT"}
 LAYERS, WEIGHTS = (0, 2, 4, 8), (0, 0.5, 2)  # 0: not aligned
 EQUAL = ("--edges", "full")
@@ -172,6 +172,8 @@ BOTTLENECKS = {
     "ifsq": (),
     "ifsq, equal bins": EQUAL,
 }
+COMPARED = {"ae": BOTTLENECKS["ae"], "fsq": BOTTLENECKS["fsq"], "ifsq": (),
+            "ifsq, 5 levels": ("--levels", *[5] * 4)}
 QUESTIONS = {
     "bottlenecks": {"tokenizer": runs(BOTTLENECKS)},
     "bits": {
@@ -179,7 +181,7 @@ QUESTIONS = {
         "8 channels": runs(levels((5,), channels=8)),
     },
     "alpha": {
-        "scale chosen by the encoder": runs(slopes(1.0, 1.6, 2.0, 2.4)),
+        "scale chosen by the encoder": runs(slopes(1.0, 1.6, 2.0, 2.4, "erf")),
         "scale fixed to 1": runs(slopes(1.0, 1.6, 2.0, more=[FIXED_SCALE])),
     },
     "edges": {
@@ -197,6 +199,10 @@ QUESTIONS = {
                                     "AdamW": generator(model, (*flags, *ADAMW))}
                   for model, name in MODELS.items()
                   for more, flags in (("", ()), (", aligned", aligned()))},
+    "tokenizer-optimizer": {
+        "Muon": runs(COMPARED),
+        "AdamW": runs({name: (*flags, *ADAMW) for name, flags in COMPARED.items()}),
+    },
 }
 
 
@@ -295,6 +301,8 @@ PICTURES = {  # question: (label of the x axis, metrics)
     "repa-layer": ("aligned layer (0: none)", [BITS, ERROR, *DRAWN]),
     "repa-weight": ("weight (0: none)", [BITS, ERROR, *DRAWN]),
     "optimizer": ("", [BITS, ERROR, *DRAWN]),
+    "tokenizer-optimizer": ("", ["PSNR, dB", "dB above the PCA", "SSIM",
+                                 "rFD, pretrained features", "entropy / log2 of the codes"]),
 }
 ALONG = {"repa": steps_done, "models": teraflops}  # where x is read off each report
 

@@ -302,6 +302,60 @@ def test_a_generator_of_a_learned_codebook_can_be_read_again(tmp_path, small):
     train.main(["--resume", str(tmp_path / "run" / "ckpt.pt"), "--steps", "2"])
 
 
+def test_switches_that_a_configuration_leaves_out_are_off(tmp_path):
+    """With QK-norm and without RoPE, whose tables the weights would hold."""
+    model = dit.DiT(input_size=(4, 4), in_channels=4, hidden_size=32, depth=1, num_heads=2,
+                    num_classes=3, swiglu=False, rope=False)
+    torch.save({"ema": model.state_dict(), "config": {"model": {"use_qknorm": True}}},
+               tmp_path / "dit.pt")
+    assert load_checkpoint(tmp_path / "dit.pt")["network"]["rope"] is False
+
+
+@pytest.mark.parametrize("levels, alpha, edges", [
+    ([8, 5, 6, 7], None, "original"), ([8, 5, 6, 7], 2.0, "original"), ([7, 5, 7, 5], 2.0, "half")])
+def test_even_levels_have_the_original_bound(tmp_path, levels, alpha, edges):
+    """The public bound with a slope is for odd levels."""
+    torch.save(Tokenizer("fsq", levels, 2.0, hidden=32, multipliers=(1, 2)).state_dict(),
+               tmp_path / "a.ckpt")
+    network = load_checkpoint(tmp_path / "a.ckpt", levels=levels, alpha=alpha)["network"]
+    assert (network["edges"], network["alpha"]) == (edges, 2.0)
+
+
+@pytest.mark.parametrize("quantizer", ["vae", "vq"])
+def test_a_tokenizer_of_many_channels_serves_a_generator(tmp_path, small, quantizer):
+    """The 17^16 codes of a scalar quantizer would be too many for an integer."""
+    torch.manual_seed(0)
+    size = {"codebook_size": 48} if quantizer == "vq" else {}
+    model = Tokenizer(quantizer, [17] * 16, hidden=32, multipliers=(1, 2), num_res_blocks=1, **size)
+    torch.save(model.state_dict(), tmp_path / "a.ckpt")
+    state = trained(tmp_path, "--model", "dit", "--tokenizer", tmp_path / "a.ckpt", "--steps", 1)
+    assert state["network"]["in_channels"] == 16
+
+
+def test_more_channels_than_a_patch_has_values(tmp_path, capsys):
+    """The linear PCA has 12 values for a patch of 2 x 2, and 9^20 codes are too many."""
+    torch.manual_seed(0)
+    model = Tokenizer("ifsq", [9] * 20, hidden=32, multipliers=(1, 2), num_res_blocks=1)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "a.ckpt")
+    config = {"levels": [9] * 20, "act_fun": "scale_sigmoid_16", "do_simple_bound": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = train.build_network(load_checkpoint(folder / "a.ckpt"))
+    floor = evaluate.pca_floor(train.open_images("shapes", "train", [16, 16]), tokenizer)
+    x = torch.rand(2, 3, 16, 16)
+    assert floor(x, x).isfinite().all()
+    images = save_images(tmp_path / "images", torch.randint(256, (10, 16, 16, 3)).byte())
+    flow = dit.DiT(input_size=(8, 8), in_channels=20, hidden_size=32, depth=1, num_heads=2,
+                   num_classes=1)
+    torch.save({"ema": flow.state_dict(), "config": {"data": {"image_size": 16}}},
+               tmp_path / "dit.pt")
+    line = refused(capsys, evaluate.main, [
+        tmp_path / "dit.pt", "--tokenizer", folder / "a.ckpt", "--data", images, "--out",
+        tmp_path / "out", "--num-samples", 1, "--sample-steps", 1, "--metrics", "psnr"])
+    assert "dit.pt: the product of levels" in line
+
+
 def test_the_public_name_of_its_vae(tmp_path):
     change = with_config("vae", vae_type="cus_ae")
     load_checkpoint(rewritten(tmp_path / "a" / "any.pt", FILES["dit"], change))
