@@ -2,8 +2,8 @@
 
     image -> Tokenizer.encode -> latents --[ this file ]--> new latents -> Tokenizer.decode -> image
 
-Here each channel of the latents has about mean 0 and variance 1: the caller normalises what the
-tokenizer gives, and undoes that before it decodes.
+Here each channel of the latents has about mean 0 and variance 1: the caller normalises the
+tokenizer's latents, and undoes this before decoding.
 
 The chapters: embeddings, the network, the loss, the sampler, released checkpoints. The file needs
 only torch and knows nothing of the tokenizer. The caller draws everything random (noise, times,
@@ -404,8 +404,8 @@ def flow_matching_loss(model, x1, labels, noise, t, cosine=True, drop=None, hidd
     loss = (velocity - target).square().mean(dim=(1, 2, 3))    # (B,)
     result["mse"] = loss.detach()
     if cosine:
-        # A new model's velocity is 0, where the gradient is 1/eps: the usual eps of 1e-8 makes it
-        # overflow fp16.
+        # A new model predicts velocity 0, where the cosine's gradient is of order 1/eps: with the
+        # usual eps of 1e-8 it would overflow fp16.
         similarity = F.cosine_similarity(velocity, target, dim=1, eps=1e-3)   # (B, h, w)
         distance = (1 - similarity).mean(dim=(1, 2))           # (B,)
         result["cosine"] = distance.detach()

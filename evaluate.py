@@ -19,7 +19,7 @@ line. A new metric is a function of two sets of features, and some lines in `dis
 A checkpoint's images go through the crop of train.py and through uint8, as a saved picture would,
 before they are measured; two sets of images are measured as they are. PSNR, SSIM and LPIPS are
 means over images. Apart from speed, no number depends on the batch size or the number of
-processes. A metric whose weights cannot be had says n/a, and why. Sample i of a generator is a
+processes. A metric without its weights is n/a, and a line says why. Sample i of a generator is a
 function of (seed, i) and its class.
 
 A Frechet distance means little without its conditions, which the report holds: the reference, the
@@ -133,8 +133,8 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
 
 
 def labels_by_name(images, known):
-    """The labels of all images (N,) int64, as numbers of the `known` classes if these are some of
-    them. A tokenizer may meet any images."""
+    """The labels of all images (N,) int64, numbered as in `known` if all their classes are among
+    these. (A tokenizer may be given images of any classes.)"""
     labels = torch.tensor(images.labels)
     if not set(images.classes) <= set(known):
         return labels
@@ -373,8 +373,8 @@ def choose_labels(args, classes):
 def open_evaluation(checkpoint, args, processes, **kwargs):
     """(data, split, Images) on which a checkpoint is evaluated.
 
-    The validation split, unless --split says otherwise. A folder that was not trained on, neither
-    there nor in another place, and has no train/ and val/ is taken whole.
+    The validation split, unless --split says otherwise. A folder without train/ and val/ is taken
+    whole, unless it is the one that was trained on, perhaps moved since.
     """
     trained = checkpoint["args"]
     data, split = args.data or trained["data"], args.split or "val"
@@ -895,7 +895,7 @@ def precision_recall(real, fake, k=3):
 # ---- The Inception network ----------------------------------------------------------------------
 
 def with_pool(pool, block, x):
-    """What torchvision's block gives, but that its last branch, computed again, sees pool(x)."""
+    """The output of torchvision's block, but with its last branch computed from pool(x)."""
     *branches, _ = block._forward(x)
     return torch.cat([*branches, block.branch_pool(pool(x))], 1)
 
@@ -987,7 +987,7 @@ def load_inception(args, processes):
         network.label = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         if network.label != PUBLISHED:
             processes.say(f"warning: {path} is not the published {INCEPTION_FILE}: its numbers "
-                          "compare with no others")
+                          "cannot be compared with others")
     return network.to(processes.device, memory_format=torch.channels_last)
 
 
@@ -1193,8 +1193,8 @@ def report_name(path):
 
 @contextlib.contextmanager
 def free_name(name, paths, args, processes, used):
-    """Within it, the name of a report: `name`, or name-2, ... if it is `used`, or a report of other
-    paths has it. A file without results keeps it for this call: others may be measuring, too."""
+    """Yield the name of a report: `name`, or name-2, ... if it is `used` or a report of other paths
+    has it. A file without results reserves it, since other calls may be running."""
     paths = paths_of(paths)
     unfinished, taken = json.dumps({"paths": paths}), False
     args.out.mkdir(parents=True, exist_ok=True)
@@ -1344,8 +1344,8 @@ def parse_args(argv=None):
         lambda path: Path(path if path.endswith(".npz") else f"{path}.npz"), "NPZ")
 
     add = parser.add_group("metrics")
-    add("--metrics", f"of {' '.join(METRICS)} (pr: precision and recall): these must work, else "
-        "exit code 2; none: no LPIPS, no Inception; unset, all that can be had", nargs="+",
+    add("--metrics", f"of {' '.join(METRICS)} (pr: precision and recall): if one fails, the exit "
+        "code is 2; none: neither LPIPS nor Inception; unset, all that are available", nargs="+",
         choices=[*METRICS, "none"], metavar="NAME")
     add("--weights", "averaged or last weights", choices=["ema", "model"], default="ema")
     add("--inception", f"local file of the Inception weights; unset, {INCEPTION_FILE}, downloaded. "
@@ -1445,7 +1445,7 @@ def load_all(args):
         checkpoints[path] = checkpoint
     if given and not any(checkpoint.get("public") for checkpoint in checkpoints.values()):
         raise UsageError(f"--{given[0].replace('_', '-')} is for files of the public code, and "
-                         f"{args.checkpoints[0]} says all of itself: leave it out")
+                         f"{args.checkpoints[0]} holds all its settings: leave it out")
     return checkpoints
 
 

@@ -94,8 +94,8 @@ def bound_original(z, levels, alpha=2.0):
     """The bound of Mentzer et al. in units of the codes, for edges="original"; alpha=2.0 is theirs.
 
     y is stretched by 0.1%, and z is moved, so that z = 0 stays at code 0 for even L (exactly so
-    only with alpha=2.0). This is the form in which most projects copied it, the public iFSQ code
-    among them: with (1 + 0.001) and atanh, where Mentzer et al. have (1 - 0.001) and tan.
+    only with alpha=2.0). This is how most projects copied it, the public iFSQ code among them: with
+    (1 + 0.001) and atanh, where Mentzer et al. have (1 - 0.001) and tan.
     """
     half_l = (levels - 1) * 1.001 / 2
     h, shift, _ = grid(levels, "original")
@@ -109,9 +109,9 @@ class FSQ(nn.Module):
     alpha:  1.6 is iFSQ, 2.0 FSQ (tanh); or "erf"; see `bound`
     edges:  "half" (the paper), "full" (equal bins) or, with alpha=2.0, "original" (Mentzer et
             al.); see `grid` and `bound_original`
-    Raises ValueError for other arguments, a last dimension other than d, indices (on a CPU) or
-    codes outside the grid, and where indices are asked for if the product of the levels exceeds
-    int64; `fsq(z, return_indices=False)` still works then.
+    Raises ValueError for other arguments, for a last dimension other than d, and for codes or (on a
+    CPU) indices outside the grid. Calls that need indices also raise it if the product of the
+    levels exceeds int64; `fsq(z, return_indices=False)` does not.
     """
 
     def __init__(self, levels, alpha=1.6, edges="half"):

@@ -284,15 +284,15 @@ class LlamaGen(nn.Module):
         """Logits of the digits of every token, given the class and the indices before it.
 
         labels        (B,) int64 in [0, num_classes]
-        indices       (B, T) int64 in reading order, or their digits (B, T, G); all T of them, the
-                      shift by one happens inside
+        indices       (B, T) int64 in reading order, or their digits (B, T, G); all T of them:
+                      the model shifts them by one itself
         drop          (B,) bool, True where the label is replaced by "no label"; None drops nothing
         hidden_layer  None, a layer k in 1..depth, or a sequence of layers
 
         Returns logits (B, T, V), or a list of them, one per digit. With hidden_layer k, returns the
         pair (logits, state (B, T, C) after layer k); with a sequence, (logits, list of states). At
-        position i, both have seen the class and the indices before i; the logits of a digit also
-        the lower digits of index i.
+        position i, both have seen the class and the indices before i, and the logits of a digit
+        have also seen the lower digits of index i.
         Raises ValueError for a wrong shape or layer. Values are not checked: reading them would
         make the host wait for the device.
         """

@@ -146,8 +146,8 @@ class DINOv2(nn.Module):
     def positions(self, h, w, antialias):
         """The position table (1, 1 + h*w, C), class token first, resampled to h x w (bicubic).
 
-        antialias=True filters, as DINOv2 does for models with registers. False uses a scale that is
-        0.1 patches too large and no filter, as DINOv2 does for models without.
+        antialias=True filters the table, as DINOv2 does for models with registers. For models
+        without, DINOv2 takes no filter and a scale that is 0.1 patches too large: antialias=False.
         """
         if (h, w) == (self.side, self.side):
             return self.pos_embed                              # (1, 1 + T, C)
@@ -199,8 +199,8 @@ class DINOv2(nn.Module):
 def teacher_images(images, grid, patch=14):
     """images (B,3,H,W) in [-1,1] -> (B, 3, h*patch, w*patch) fp32 in ImageNet normalisation.
 
-    The teacher then has one patch for each token: 256 pixels with a grid of 16 x 16 become 224. As
-    in [1] train.py: bicubic without antialias, after the normalisation.
+    The teacher then has one patch for each token: 256 pixels with a grid of 16 x 16 become 224. The
+    resize is bicubic without antialias and follows the normalisation, as in [1] train.py.
     Raises ValueError if these are not RGB images or the grid has other proportions than the image.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
@@ -219,7 +219,7 @@ def teacher_images(images, grid, patch=14):
 
 
 def dinov2_url(name):
-    """Where the weights of a name in SIZES, or of such a name with _reg, are published [3].
+    """The URL of the published weights [3] of a name in SIZES, or of such a name with _reg.
 
     Raises ValueError for another name.
     """
@@ -234,8 +234,8 @@ def dinov2_url(name):
 def load_dinov2(name_or_path, folder):
     """A frozen DINOv2 from a file, or by name: "dinov2_vitb14", "dinov2_vitb14_reg", ...
 
-    The file of a name is looked up in `folder`, and downloaded into it if it is not there. A file
-    that has been moved into `folder` is found there, too.
+    A name's file is looked for in `folder`, and downloaded into it if it is not there. A file that
+    has been moved into `folder` is found there by its own name.
     Raises ValueError, in one line, if the name is unknown or the weights cannot be loaded.
     """
     path = Path(name_or_path)

@@ -4,7 +4,7 @@
     pre --bottleneck--> z (B,d,h,w) and indices (B,h,w)
     z --post_quant_conv, Decoder--> reconstruction (B,3,H,W)
 
-(fsq.py sees the bottleneck alone: its z is `pre` here, and its z_q is the z here.)
+(fsq.py knows only the bottleneck: what it calls z is `pre` here, and its z_q is z here.)
 
 Because iFSQ's z lies on a finite grid, the integers `indices` *are* the latents: LlamaGen models
 the integers, DiT models z = latents_of(indices), and the same `decode` turns either back into
@@ -287,15 +287,15 @@ class Tokenizer(nn.Module):
     """Encoder, bottleneck, decoder.
 
     quantizer:      one of QUANTIZERS
-    levels:         code values per latent channel; d = len(levels) for every bottleneck. Of the
-                    values themselves vq takes its default size, vae and ae nothing
+    levels:         code values per latent channel; d = len(levels) for every bottleneck. Their
+                    product is the default size of vq, and vae and ae ignore their values
     alpha, edges:   of ifsq and fsq: see fsq.py; alpha is 1.6 and 2.0 by default
     hidden, multipliers, num_res_blocks: width hidden*m and number of blocks at each resolution;
                     there are len(multipliers) - 1 halvings
     attn_levels:    indices of the resolutions (0 is the full one) that get attention
     z_channels:     channels between the two 1x1 convolutions and the body; d by default
-    num_groups:     of every GroupNorm. 32 groups of 32 channels are an instance norm, which takes
-                    brightness and contrast away from each channel, so narrow layers want fewer
+    num_groups:     of every GroupNorm. 32 groups of 32 channels are an instance norm, which removes
+                    brightness and contrast from each channel, so narrow layers need fewer groups
     codebook_size, beta: of vq. The size is by default the product of the levels: the same bits
     Raises ValueError for values that do not fit together.
     """
@@ -461,8 +461,8 @@ def load_lpips(net, folder):
 def published(url, folder, file_name):
     """The state dict in folder/file_name, which is downloaded from `url` if it is not there yet.
 
-    The name ends in -HASH.pth, where HASH is how the file's SHA-256 begins. It is always checked.
-    Raises ValueError if there is no such file here or there, or if it is not the published one.
+    The name ends in -HASH.pth, where HASH is the beginning of the file's SHA-256, which is always
+    checked. Raises ValueError if the file cannot be had, or is not the published one.
     """
     path = Path(folder) / file_name
     expected = re.search(r"-(\w+)\.pth$", file_name)[1]
@@ -576,7 +576,7 @@ OTHER_MODELS = {  # a part of a name that tells what a file is, if it is not an 
 
 
 def released_weights(weights):
-    """The weights without the buffers of its quantizer that the public code averages as well."""
+    """The weights without the quantizer's buffers, which the public code averages as well."""
     return {name: value for name, value in weights.items() if not name.startswith("quantize._")}
 
 

@@ -4,9 +4,9 @@
     x --cached_tokens--> one integer per latent position --GeneratorTraining--> OUT/ckpt.pt
 
 The file reads from top to bottom: presets, data, stage one (the tokenizer), the tokens, stage two
-(a generator), and then `fit`, the one loop that trains them all. Whoever stops there has seen
-training whole. The rest is what the loop stands on: optimizer, processes, checkpoints, log, and
-the command line. Commands (DIR: a folder of images):
+(a generator), and then `fit`, the one loop that trains them all. If you stop there, you have seen
+all of training. The rest is what the loop needs: optimizer, processes, checkpoints, log, and the
+command line. Commands (DIR: a folder of images):
 
     python train.py                                         # tokenizer + LlamaGen on drawings
     python train.py --model dit --tokenizer out/llamagen-shapes/tokenizer/ckpt.pt
@@ -16,9 +16,9 @@ the command line. Commands (DIR: a folder of images):
     python train.py --resume out/llamagen-shapes/ckpt.pt    # continues a run that was stopped
 
 On a CPU a run is a pure function of its arguments. The images of step s and their crops follow
-from (seed, s), all other noise from (seed, s, rank), so beside networks and optimizers only the
-step must be saved to continue bit for bit. (GPUs add in an order of their own, so there it holds up
-to rounding.)
+from (seed, s), all other noise from (seed, s, rank), so besides networks and optimizers only the
+step must be saved for a run to continue bit for bit. (GPUs add in an order of their own, so on them
+this is true up to rounding.)
 
 Every size but nano follows arXiv 2601.17124 and its public code. What differs from that code:
 
@@ -220,8 +220,8 @@ def walk_images(folder, left_out=None, top=None):
     once, and a link to a folder above it not at all.
 
     left_out: a dictionary that counts the other files by suffix. top: the folder, this one or one
-    above, that the names begin from. OSError for a folder that may not be read, and for a link
-    that leads nowhere and could be a folder's.
+    above it, that the names are relative to. Raises OSError for a folder that may not be read, and
+    for a dead link that may have led to a folder.
     """
     def refuse(error):
         raise error
@@ -253,8 +253,8 @@ def counted(left_out):
 
 
 class Paths:
-    """Many paths as an array of names (N,), encoded, below a folder. Loader processes do not copy
-    an array that they read, as they do a list of objects, whose references are counted."""
+    """Many paths below a folder, as an array (N,) of encoded names. Unlike a list of objects, whose
+    reference counts change, it is not copied into every loader process that reads it."""
 
     def __init__(self, folder, names):
         self.folder, self.names = folder, names
@@ -280,7 +280,7 @@ def holds_images(path):
 
 
 def unwrapped(folder):
-    """The one subfolder that holds all images of `folder`, in folders of its own; or None."""
+    """The subfolder that holds all images of `folder`, if it sorts them into folders; else None."""
     inside = (p for p in folder.iterdir() if not is_hidden(p.name) and holds_images(p))
     inside = [*itertools.islice(inside, 2)]
     if len(inside) == 1 and inside[0].is_dir() and any(map(holds_images, subfolders(inside[0]))):
@@ -445,8 +445,8 @@ class Folder(Dataset):
 
 
 def readable(paths, processes):
-    """Read every image once, shared among the processes: (N,) bool, whether that worked.
-    UsageError if it never did."""
+    """Try to read every image once, shared among the processes -> (N,) bool, whether it could be
+    read. Raises UsageError if none could."""
     from multiprocessing.pool import ThreadPool
 
     def try_to_read(index):
@@ -529,7 +529,7 @@ def crop(image, size, place=(0.5, 0.5), mirror=False):
 class Images(Dataset):
     """Centre crops of a source of (PIL image, class): index -> (x (3,H,W) uint8, label).
 
-    classes: those of a trained model, whose numbers the labels then take, matched by name; None
+    classes: those of a trained model, matched by name, so that the labels are its numbers; None
     takes the source's own. unconditional: every label is 0.
     """
 
@@ -647,7 +647,7 @@ def open_splits(args, processes, classes=None):
 
 
 def fingerprint(images):
-    """By what the folder of `images` is known if it moves. None for built-in data."""
+    """What identifies the folder of `images` even if it moves. None for built-in data."""
     return getattr(images.source, "fingerprint", None)
 
 
@@ -700,9 +700,9 @@ def load(args, processes, dataset, keys):
 
 
 def ignore_signals(worker):
-    """What stops a run may reach all its processes; the loaders live on until it has saved.
+    """A signal to stop may reach all processes of a run; the loaders live on until it has saved.
 
-    SIGTERM leaves them 30 seconds: by that Python itself stops those that are left when it ends.
+    SIGTERM ends them after 30 seconds, since Python sends it to those that are left at its exit.
     """
     for name in Interrupts.names:
         if hasattr(signal, name):
@@ -856,9 +856,9 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
     metrics: {name: function of (x, y), both (B,3,H,W) in [0, 1] after uint8 -> (B,)}
     watch: called with (places in the list (B,), x, y uint8 (B,3,H,W)) for each batch
     Returns {name: mean over images}, "images", "images_per_s", "codes" (CodeUsage.report or
-    None), and "latents": of z, channel by channel, "mean" and "std", by which DiT normalises;
-    of what comes into a scalar quantizer "pre_mean", "pre_std", and "ks", the largest gap between
-    the distribution of y = bound(pre) and the uniform one (from 4,096 bins; 0 is uniform).
+    None), and "latents", with one number per channel: the "mean" and "std" of z, by which DiT
+    normalises; and for a scalar quantizer the "pre_mean" and "pre_std" of its input, and "ks", the
+    largest gap between the CDF of y = bound(pre) and the uniform one (from 4,096 bins).
     Neither the batch size nor the number of processes changes the numbers.
     """
     model.eval()
@@ -1081,7 +1081,7 @@ def open_cache(path, shape, dtype, codebook_size):
 def cached_tokens(args, processes, checkpoint, codec, images, split, views):
     """The Tokens of a data set: found in --cache-dir, or encoded now by all processes together.
 
-    Every process writes files of some images, from which rank 0 makes the cache at last. What a
+    Every process writes files for some images, which rank 0 then joins into the cache. What a
     killed run has written is not encoded again, and two runs may fill the same cache at once.
     """
     tokenizer = codec.tokenizer
@@ -1122,7 +1122,7 @@ def cached_tokens(args, processes, checkpoint, codec, images, split, views):
 
 
 def save_array(path, shape, dtype, blocks):
-    """Make a .npy file of the blocks of an array, one after the other; it is there when whole."""
+    """Write the blocks of an array into a .npy file, which appears only when it is complete."""
     header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
     with replacing(path) as file:  # plain writes: a full disk is an error, not a crash
         np.lib.format.write_array_header_1_0(file, header)
@@ -1429,7 +1429,7 @@ class GeneratorTraining:
 @torch.no_grad()
 def validate_generator(task, model, codec, tokens, processes, batch_size=64, limit=1000):
     """The validation loss over at most 1,000 centre views, shared among the processes. FSDP needs
-    equally many calls from each: a process without a block repeats the last one, uncounted."""
+    the same number of calls from each, so one without a block repeats the last, uncounted."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # of loss * images, of images
     blocks = spread(tokens, limit).split(batch_size)
@@ -1832,8 +1832,8 @@ class Processes(NamedTuple):
         return values[0]
 
     def agree_on(self, function):
-        """What function() returns on rank 0. If it raises an error there, every process calls it,
-        to raise its own."""
+        """What function() returns on rank 0. If it fails there, every process calls it and raises
+        its own error."""
         value = None
         if self.world > 1 and self.rank == 0:
             with contextlib.suppress(UsageError, OSError):
@@ -1889,8 +1889,8 @@ class Processes(NamedTuple):
         network.require_backward_grad_sync = now  # what DistributedDataParallel looks at
 
     def require_shared(self, outputs, inputs):
-        """Raise UsageError on every process if one does not see the files of rank 0: a mark that
-        rank 0 leaves in each of `outputs` for a moment, and the names in each of `inputs`."""
+        """Raise UsageError on every process if one does not see the files that rank 0 sees: a file
+        that it leaves in each of `outputs` for a moment, and the names in each of `inputs`."""
         name = f".shared-{self.agree(uuid.uuid4().hex)}"
         for path in (*outputs, *inputs) if self.world > 1 else ():
             mark, seen = path / name, None
@@ -1970,8 +1970,8 @@ def count_parameters(model):
 
 
 class Interrupts:
-    """Within it, a first signal to stop is only noted in `.signal`, for the loop to save and
-    leave; a second one acts. SIGHUP is a lost connection, SIGUSR1 Slurm's warning."""
+    """Inside this context, a first signal to stop is only noted in `.signal`, so that the loop can
+    save and leave; a second one acts. SIGHUP is a lost connection, SIGUSR1 Slurm's warning."""
 
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
@@ -2232,8 +2232,8 @@ def upgraded(state):
 def released(state, path, quiet, overrides):
     """A checkpoint made of a file of the public code: a bare state dict, or its training state.
 
-    What it is and its sizes follow from its names and shapes, its `config`, and the config.json
-    next to it. What none of them says is taken from `overrides` or, with a word, from the paper.
+    Kind and sizes follow from the weights' names and shapes, `config`, and the config.json next to
+    the file; the rest comes from `overrides` or, with a message, from the paper.
     """
     config = {name: {} if value is None else value
               for name, value in (state.get("config") or {}).items()}
@@ -2338,7 +2338,7 @@ def public_dit(path, weights, config, overrides):
 
 
 def unused(config):
-    """A word on what a public configuration says of sampling, which is for our flags to say."""
+    """A note if a public configuration sets how to sample, which only our flags decide."""
     return ["its settings of sampling are not used"] if config.get("sample") else []
 
 
@@ -2773,8 +2773,8 @@ def make_parser():
         "in it", nargs="?", const=True, metavar="CKPT")
     add("--init-from", "start a new run from the averaged weights of CKPT, of a run or of the "
         "public code; a tokenizer's flags follow from it", metavar="CKPT")
-    add("--heads", "of a public generator in --init-from: attention heads, which leave no trace "
-        "in the shapes", COUNT, "N")
+    add("--heads", "attention heads of a public generator in --init-from, which the shapes of its "
+        "weights do not tell", COUNT, "N")
     add("--latent-scale", "of a public DiT in --init-from: factor of its latents, if its file "
         "does not say it", number(float, 1e-6, 1e6, "number"), "S")
     add("--save-every", "steps from checkpoint to checkpoint", COUNT, "STEPS", default=1000)
@@ -2900,8 +2900,8 @@ def only(flags, names):
 
 
 def refuse_changes(args, before, purpose, mend="leave those flags out", free=(), tunable=()):
-    """Raise UsageError if flags differ from `before`, but for those in `free`, and those in
-    `tunable`, whose change is said."""
+    """Raise UsageError if flags differ from `before`. Those in `free` may change, and those in
+    `tunable` may change with a message."""
     changed, tuned = [], []
     for name, value in vars(before).items():
         now = getattr(args, name)
