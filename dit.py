@@ -30,6 +30,7 @@ latent grid, p patch size, so T = h*w/p^2.
     new = sample(model, noise, labels, steps=4, cfg_scale=2.0)             # (8,4,4,4) latents
 """
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -173,17 +174,10 @@ class Attention(nn.Module):
         return self.proj(out)                                  # (B, T, C)
 
 
-class Mlp(nn.Module):
+def mlp(hidden_size):
     """DiT's feed-forward layer: 4C wide, with the tanh approximation of GELU."""
-
-    def __init__(self, hidden_size):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
-        self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
-
-    def forward(self, x):
-        hidden = F.gelu(self.fc1(x), approximate="tanh")       # (B, T, 4C)
-        return self.fc2(hidden)                                # (B, T, C)
+    fc1, fc2 = nn.Linear(hidden_size, 4 * hidden_size), nn.Linear(4 * hidden_size, hidden_size)
+    return nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
 
 
 class SwiGLU(nn.Module):
@@ -208,7 +202,7 @@ class Block(nn.Module):
         self.norm1 = make_norm(hidden_size, rmsnorm)
         self.attn = Attention(hidden_size, num_heads, qk_norm, rmsnorm)
         self.norm2 = make_norm(hidden_size, rmsnorm)
-        self.mlp = SwiGLU(hidden_size) if swiglu else Mlp(hidden_size)
+        self.mlp = SwiGLU(hidden_size) if swiglu else mlp(hidden_size)
         modulation = nn.Linear(hidden_size, 6 * hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
 
@@ -333,9 +327,8 @@ class DiT(nn.Module):
     def unpatchify(self, x):
         """The values of each token's patch (B,T,p*p*d), channel last -> (B,d,h,w)."""
         p = self.patch_size
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, self.grid)  # (B, h/p, w/p, p, p, d)
-        x = x.permute(0, 5, 1, 3, 2, 4)                        # (B, d, h/p, p, w/p, p)
-        return x.flatten(4).flatten(2, 3)                      # (B, d, h, w)
+        x = x.unflatten(2, (p * p, -1)).transpose(1, 3)        # (B, d, p*p, T)
+        return F.pixel_shuffle(x.flatten(1, 2).unflatten(2, self.grid), p)    # (B, d, h, w)
 
     def check_inputs(self, x, t, labels, layers):
         """Checks shapes only: reading values would make the host wait for the device."""

@@ -55,13 +55,13 @@ from tqdm import tqdm
 
 import repa
 from tokenizer import load_lpips, psnr, published
-from train import (BUILT_IN, COUNT, TASKS, WEIGHT, WHOLE, Parser, UsageError, batch_of,
-                   build_network, building, cached_tokens, check_compiler, compile_networks,
-                   counted, draw_reconstructions, find_images, fingerprint, guarded,
-                   load_checkpoint, load_codec, load_teacher, load_weights, measure_tokenizer,
-                   number, number_of_codes, open_images, plain_args, read_file, read_image,
-                   read_teacher, readable, sample_pictures, sampling_settings, seed_of, slope,
-                   spread, start_processes, to_float, validate_generator)
+from train import (BUILT_IN, COUNT, LEVEL, PIXELS, SCALE, TASKS, WEIGHT, WHOLE, WORKERS, Parser,
+                   UsageError, batch_of, build_network, building, cached_tokens, check_compiler,
+                   compile_networks, counted, downsampling, draw_reconstructions, find_images,
+                   fingerprint, guarded, load_checkpoint, load_codec, load_teacher, load_weights,
+                   measure_tokenizer, number, number_of_codes, open_image, open_images, plain_args,
+                   read_file, read_teacher, readable, sample_pictures, sampling_settings, say_once,
+                   seed_of, slope, spread, start_processes, to_float, validate_generator)
 
 METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
 SAMPLING = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler",
@@ -79,8 +79,7 @@ FEW = 2048              # with fewer images than features a covariance is singul
 def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
     """The report of a tokenizer's checkpoint; draws OUT/NAME.png. network: Inception or None."""
     size = checkpoint["args"]["image_size"]
-    model = build_network(checkpoint, args.weights, path)
-    model = model.to(processes.device, memory_format=torch.channels_last).eval()
+    model = build_network(checkpoint, args.weights, path, processes.device)
     compile_networks(args, model.encoder, model.decoder)
     if min(size) < 7:
         raise UsageError(f"{path}: SSIM's window needs images of 7 px, these have {size}")
@@ -128,8 +127,8 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
         processes.say(f"{path}: its PSNR of {results['psnr']:.2f} dB is below the "
                       f"{results['floor']:.2f} dB of a linear PCA with as many values: it has not "
                       "learned yet")
-    return describe(path, checkpoint, args, processes, results, data=data, split=split,
-                    image_size=size, **about)
+    return describe(path, checkpoint, args, results, data=data, split=split, image_size=size,
+                    **about)
 
 
 def labels_by_name(images, known):
@@ -150,11 +149,7 @@ def ssim(x, y):
     """
     if min(x.shape[2:]) < 7:
         raise ValueError(f"SSIM needs images of at least 7 px, got {x.shape[2]} x {x.shape[3]}")
-
-    def mean(image):
-        return F.avg_pool2d(image, 7, stride=1)  # (B,3,H-6,W-6)
-
-    unbiased = 49 / 48
+    mean, unbiased = nn.AvgPool2d(7, stride=1), 49 / 48  # (B,3,H,W) -> (B,3,H-6,W-6)
     mean_x, mean_y = mean(x), mean(y)
     var_x = unbiased * (mean(x * x) - mean_x**2)
     var_y = unbiased * (mean(y * y) - mean_y**2)
@@ -237,7 +232,7 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
     size, classes = trained["image_size"], checkpoint["classes"]
     settings = choose_settings(args, checkpoint, kinds, processes)
     codec = load_codec(checkpoint["tokenizer"], size, processes.device)
-    model = build_network(checkpoint, args.weights, path).to(processes.device).eval()
+    model = build_network(checkpoint, args.weights, path, processes.device)
     compile_networks(args, codec.tokenizer.decoder)
     if checkpoint["kind"] == "dit":  # LlamaGen's keys grow with every token: nothing is gained
         compile_networks(args, model)
@@ -290,7 +285,7 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
                    tokens_per_s=rate * math.prod(codec.grid), train_images=seen,
                    parameters=sum(p.numel() for p in model.parameters()),
                    train_flops=seen * model.flops_per_image())
-    return describe(path, checkpoint, args, processes, results, sampling=settings,
+    return describe(path, checkpoint, args, results, sampling=settings,
                     labels="chosen" if args.classes else args.labels, seed=args.seed,
                     image_size=size, validation=about_validation)
 
@@ -303,8 +298,7 @@ def draw_samples(task, model, codec, labels, settings, args, processes, watch):
     seconds = 0.0
     # Blocks of the list go to the processes in turn: who draws one does not matter.
     blocks = torch.arange(len(labels)).split(args.batch_size)
-    for block in tqdm(blocks[processes.rank::processes.world], desc="sampling",
-                      disable=processes.quiet()):
+    for block in tqdm(processes.mine(blocks), desc="sampling", disable=processes.quiet()):
         begin = time.perf_counter()
         pictures = sample_pictures(task, model, codec, labels[block], block.tolist(), args.seed,
                                    settings, processes)
@@ -438,8 +432,7 @@ def probe(task, model, codec, tokens, teacher, args, processes, topk=10):
     seen = torch.zeros(len(chosen), network.dim)
     pooled = [torch.zeros(len(chosen), model.dim) for _ in layers]
     similarities = torch.zeros(2, len(layers), dtype=torch.float64)
-    blocks = torch.arange(len(chosen)).split(args.batch_size)
-    for block in blocks[processes.rank::processes.world]:
+    for block in processes.mine(torch.arange(len(chosen)).split(args.batch_size)):
         batch, labels = batch_of(tokens, chosen[block], device)
         x = to_float(batch_of(tokens.images, chosen[block], device)[0], device)
         generators = [torch.Generator().manual_seed(seed_of(args.seed, i))
@@ -471,9 +464,9 @@ class Judge:
 
     def right(self, pictures, labels, classes):
         """(B,3,H,W) uint8 and labels in `classes` -> (B,) 1.0 where it sees the class."""
-        guesses = self.model(to_float(pictures, self.device)).argmax(1).tolist()
-        pairs = zip(guesses, labels.tolist())
-        return torch.tensor([float(self.classes[g] == classes[label]) for g, label in pairs])
+        guesses = self.model(to_float(pictures, self.device)).argmax(1).cpu()
+        known = torch.tensor([self.classes.index(name) for name in classes])
+        return (guesses == known[labels]).float()
 
     def on_real(self, tokens, classes, processes):
         """The share on (at most 1,000) validation images, or None without them."""
@@ -481,8 +474,7 @@ class Judge:
             return None
         places = spread(tokens, 1000)
         labels, right = torch.tensor(tokens.labels)[places], torch.zeros(len(places))
-        blocks = torch.arange(len(places)).split(64)
-        for block in blocks[processes.rank::processes.world]:
+        for block in processes.mine(torch.arange(len(places)).split(64)):
             x, _ = batch_of(tokens.images, places[block], self.device)
             right[block] = self.right(x, labels[block], classes)
         return processes.sum(right).mean().item()
@@ -515,11 +507,7 @@ class Uncropped(Dataset):
     def __getitem__(self, index):
         image = self.source[index]
         if isinstance(image, Path):
-            try:
-                image = read_image(image)
-            except Exception as error:
-                raise UsageError(f"cannot read the image {image} ({error}): repair or remove it, "
-                                 "or pass --skip-bad-images")
+            image = open_image(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), 0
 
 
@@ -545,8 +533,7 @@ def open_npz(path):
                 if not {"mu", "sigma"} <= set(names) and "arr_0" not in names:
                     raise UsageError(f"{path} holds {', '.join(names[:4]) or 'nothing'}: neither "
                                      "images (arr_0) nor statistics (mu and sigma)")
-                stored = {name: torch.from_numpy(archive[name]).float() if name == "features"
-                          else torch.from_numpy(archive[name]).double()
+                stored = {name: torch.from_numpy(archive[name])
                           for name in STATISTICS if name in names}
                 for pair in NEEDED["fid"], NEEDED["sfid"]:  # a mean alone is of no use
                     if not stored.keys() >= set(pair):
@@ -613,7 +600,7 @@ def measure_set(opened, args, processes, network, names):
         if images is None or not names:
             return stored
     measure = Measure(network(), len(images), names)
-    mine = torch.arange(processes.rank, len(images), processes.world)
+    mine = processes.mine(torch.arange(len(images)))
     loader = DataLoader(Subset(images, mine.tolist()), args.batch_size, collate_fn=list,
                         num_workers=args.num_workers)
     for part, batch in zip(mine.split(args.batch_size), tqdm(
@@ -719,24 +706,17 @@ def distances_between(reference, samples, names, device):
     values = {}
     for name in ("fid", "sfid"):
         if name in names:
-            values[name] = None
-            mu, sigma = NEEDED[name]
-            if mu in reference and mu in samples:
-                values[name] = frechet_distance(reference[mu], reference[sigma], samples[mu],
-                                                samples[sigma])
-    kid_of_both, balls = (None, None), (None, None)
+            arrays = [part.get(key) for part in (reference, samples) for key in NEEDED[name]]
+            unknown = any(array is None for array in arrays)
+            values[name] = None if unknown else frechet_distance(*arrays)
+    pair = None
     if names & {"kid", "pr"} and "features" in reference and "features" in samples:
-        real = reference["features"].to(device).double()                               # (N,2048)
-        fake = samples["features"].to(device).double()                                 # (M,2048)
-        if "kid" in names:
-            # Samples come first, as in torch-fidelity: the subsets depend on the order.
-            kid_of_both = kid(fake, real)
-        if "pr" in names:
-            balls = precision_recall(real, fake)
+        pair = [part["features"].to(device).double() for part in (reference, samples)]  # (N,2048)
     if "kid" in names:
-        values["kid"], values["kid_se"] = kid_of_both
+        # Samples come first, as in torch-fidelity: the subsets depend on the order.
+        values["kid"], values["kid_se"] = kid(*pair[::-1]) if pair else (None, None)
     if "pr" in names:
-        values["precision"], values["recall"] = balls
+        values["precision"], values["recall"] = precision_recall(*pair) if pair else (None, None)
     if "is" in names:  # of the samples alone
         sums = samples.get("class_sums")
         values["is"] = None if sums is None else inception_score(sums)
@@ -795,9 +775,7 @@ def evaluate_sets(args, processes):
         return None
     samples = measure_set(second[0], args, processes, network, wanted(args))
     results = compare(reference, samples, args, wanted(args), processes)
-    return {"kind": "sets", "paths": paths_of(args.checkpoints), "flags": plain_args(args),
-            "device": str(processes.device), "processes": processes.world,
-            "torch": torch.__version__, "results": results}
+    return {"kind": "sets", "paths": paths_of(args.checkpoints), "results": results}
 
 
 # ---- The metrics, a function each ---------------------------------------------------------------
@@ -875,15 +853,15 @@ def inception_score(sums):
     return (sums[:, -2] / sums[:, -1] - entropy).exp().mean().item()
 
 
-def precision_recall(real, fake, k=3):
+def precision_recall(real, fake):
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N,C), (M,C): floats.
 
-    Around each image lies a ball up to its k-th neighbour. Precision is the share of fakes in a
+    Around each image lies a ball up to its third neighbour. Precision is the share of fakes in a
     ball of a real one, recall the share of real ones in a ball of a fake. Both depend on the
     numbers of images, so state them. All images are used.
     """
     def share(centres, points):
-        neighbours = min(k + 1, len(centres))  # the first one is the image itself
+        neighbours = min(4, len(centres))  # the first one is the image itself
         radius = torch.cat([torch.cdist(block, centres).kthvalue(neighbours, 1).values
                             for block in centres.split(1000)])  # in blocks, for the memory
         inside = [(torch.cdist(block, centres) <= radius).any(1) for block in points.split(1000)]
@@ -973,8 +951,7 @@ def load_inception(args, processes):
         generator = torch.Generator().manual_seed(0)
         for weight in network.parameters():  # norms and biases stay 1 and 0
             if weight.ndim > 1:
-                scale = math.sqrt(2 / weight[0].numel())
-                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+                nn.init.kaiming_normal_(weight, generator=generator)
         network.fc.bias.zero_()
         network.label = "random"
     else:
@@ -1055,15 +1032,15 @@ class Pictures:
         self.remove_file()
 
 
-def draw_classes(path, samples, labels, classes, columns=10, limit=12):
-    """PNG: a row of samples for each of at most `limit` classes, with its name on the left.
+def draw_classes(path, samples, labels, classes):
+    """PNG: a row of samples for each of at most 12 classes, with its name on the left.
 
     Small samples are enlarged by a whole number: up to 3 times, and not beyond 96 px.
     """
     zoom = min(3, max(1, 96 // max(samples.shape[1:3])))
     h, w = (zoom * side for side in samples.shape[1:3])
-    present = sorted(set(labels.tolist()))
-    shown = present[::max(1, -(-len(present) // limit))]
+    present, columns = sorted(set(labels.tolist())), 10
+    shown = present[::-(-len(present) // 12)]
     font, gap = ImageFont.load_default(size=max(9, min(16, h // 2))), 2
     margin = int(max(font.getlength(classes[c]) for c in shown)) + 3 * gap
     sheet = Image.new("RGB", (margin + columns * (w + gap), len(shown) * (h + gap)), "white")
@@ -1078,15 +1055,15 @@ def draw_classes(path, samples, labels, classes, columns=10, limit=12):
     sheet.save(path)
 
 
-def ticks(low, high, count=4):
-    """About `count` round numbers from low to high: multiples of 1, 2 or 5 times a power of 10."""
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12) / count))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= count)
+def ticks(low, high):
+    """About four round numbers from low to high: multiples of 1, 2 or 5 times a power of 10."""
+    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12) / 4))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 4)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def draw_curves(path, panels, xlabel, size=(340, 230)):
+def draw_curves(path, panels, xlabel):
     """PNG of plots, at most three in a row. panels: {title: {curve's name: (x, y)}}.
 
     A curve's name has one colour in all panels. A y may be a list: each value is a dot, the line
@@ -1099,7 +1076,7 @@ def draw_curves(path, panels, xlabel, size=(340, 230)):
     for curves in panels.values():
         for name in curves:
             colours.setdefault(name, next(palette))
-    zoom, (w, h), font = 2, size, ImageFont.load_default(size=20)  # twice the size: smooth lines
+    zoom, w, h, font = 2, 340, 230, ImageFont.load_default(size=20)  # twice the size: smooth lines
     rows = -(-len(panels) // 3)
     legend = list(colours.items()) if len(colours) > 1 else []
     height = rows * h + 16 * len(legend) + 8
@@ -1171,13 +1148,11 @@ def draw_panel(pen, box, title, curves, colours, xlabel, font):
                 pen.ellipse((px - 5, py - 5, px + 5, py + 5), fill=colours[name])
 
 
-def describe(path, checkpoint, args, processes, results, **settings):
+def describe(path, checkpoint, args, results, **settings):
     """A report: the results with everything that they depend on."""
     return {"kind": checkpoint["kind"], "checkpoint": str(path), "paths": paths_of([path]),
             "sha256": checkpoint["sha256"], "step": checkpoint["step"], "weights": args.weights,
-            **settings, "flags": plain_args(args), "training": checkpoint["args"],
-            "device": str(processes.device), "processes": processes.world,
-            "torch": torch.__version__, "results": results}
+            **settings, "training": checkpoint["args"], "results": results}
 
 
 def paths_of(paths):
@@ -1282,8 +1257,10 @@ def print_table(rows):
 
 
 def write_report(name, report, args, processes):
-    """Write OUT/NAME.json, on rank 0."""
+    """Write OUT/NAME.json, on rank 0, with what all reports depend on."""
     if processes.rank == 0:
+        report = {**report, "flags": plain_args(args), "device": str(processes.device),
+                  "processes": processes.world, "torch": torch.__version__}
         text = json.dumps(without_nan(report), indent=1, allow_nan=False)
         (args.out / f"{name}.json").write_text(text)
 
@@ -1335,8 +1312,7 @@ def parse_args(argv=None):
     add("--skip-bad-images", "leave out and count the images that cannot be read",
         action="store_true")
     add("--batch-size", "images at a time in each process", COUNT, "B", default=64)
-    add("--num-workers", "processes that decode images", number(int, 0, 512, "integer"), "N",
-        default=0)
+    add("--num-workers", "processes that decode images", WORKERS, "N", default=0)
     add("--reference", "what samples are compared with: a folder or the training split of a data "
         "set, cropped as in training, ADM's .npz, or saved statistics; unset, the training images "
         "of the run", metavar="{DIR,DATA,NPZ}")
@@ -1369,9 +1345,9 @@ def parse_args(argv=None):
     add("--labels", "every class equally often, or drawn at random",
         choices=["balanced", "random"], default="balanced")
     add("--cfg-scale", "classifier-free guidance, 1 = none; unset, LlamaGen 2 (nano 1.5) and DiT 1 "
-        "(nano 2)", number(float, -1e6, 1e6, "number"), "S")
+        "(nano 2)", number(float, -1e6, 1e6), "S")
     add("--cfg-interval", "LlamaGen: guide tokens 0 ... T+1, -1 all; DiT: guide for LO <= t <= HI, "
-        "0 noise, 1 data", number(float, -1, 1e6, "number"), "T", nargs="+")
+        "0 noise, 1 data", number(float, -1, 1e6), "T", nargs="+")
     add("--temperature", "LlamaGen: divides the logits, 0 takes the likeliest token; unset, 1 "
         "(nano 0.8)", WEIGHT, "T")
     add("--top-k", "LlamaGen: draw from the K likeliest tokens, 0 all", WHOLE, "K")
@@ -1380,7 +1356,7 @@ def parse_args(argv=None):
     add("--sampler", "DiT: one model call a step, or two", choices=["euler", "heun"])
     add("--sample-steps", "DiT: steps from noise to data; unset, 250", COUNT, "N")
     add("--timestep-shift", "DiT: below 1 smaller steps near the noise, above 1 near the data",
-        number(float, 0, 1e6, "number"), "S")
+        WEIGHT, "S")
     add("--seed", "seed of samples and random labels", WHOLE, default=0)
     add("--save-npz", "keep the samples, or a tokenizer's reconstructions, as OUT/NAME.npz in "
         "ADM's format: arr_0 (N,H,W,3) uint8, arr_1 labels", action="store_true")
@@ -1389,12 +1365,11 @@ def parse_args(argv=None):
     add = parser.add_group("files of the public code: what they do not say, or say wrongly")
     add("--tokenizer", "tokenizer of a public LlamaGen or DiT, whose file holds none",
         metavar="CKPT")
-    add("--image-size", "side, or height and width, pixels", number(int, 1, 2**14, "integer"), "PX",
-        nargs="+")
-    add("--levels", "code values of each channel", number(int, 2, 2**16, "integer"), "L", nargs="+")
+    add("--image-size", "side, or height and width, pixels", PIXELS, "PX", nargs="+")
+    add("--levels", "code values of each channel", LEVEL, "L", nargs="+")
     add("--alpha", "slope of the quantizer's sigmoid", slope, "A")
     add("--latent-scale", "factor of DiT's latents, z = latents / S",
-        number(float, 1e-6, 1e6, "number"), "S")
+        SCALE, "S")
     add("--heads", "attention heads, which leave no trace in the shapes", COUNT, "N")
 
     parser.add_machine("fp32")
@@ -1451,8 +1426,7 @@ def load_all(args):
 
 def unstated_size(path):
     """The image size of a public file that does not say it, in pixels; prints a line."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{path}: no image size, 256 px as in the paper (--image-size)", file=sys.stderr)
+    say_once(f"{path}: no image size, 256 px as in the paper (--image-size)")
     return [256, 256]
 
 
@@ -1462,7 +1436,7 @@ def with_tokenizer(path, checkpoint, tokenizer):
     DiT's latents are scaled as its own file says. Raises UsageError if the two do not fit.
     """
     network, coder = checkpoint["network"], tokenizer["network"]
-    f, args = 2 ** (len(coder["multipliers"]) - 1), checkpoint["args"]
+    f, args = downsampling(coder), checkpoint["args"]
     size = args["image_size"]
     if checkpoint["kind"] == "llamagen":
         size = size or unstated_size(path)

@@ -36,6 +36,7 @@ Usage
     loss.backward()
     print(cknna(hidden.mean(1), features.mean(1), topk=5))          # one vector per image
 """
+import itertools
 import math
 from collections import OrderedDict
 from pathlib import Path
@@ -70,14 +71,9 @@ class Attention(nn.Module):
         return self.proj(out)                                  # (B, T, C)
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))                   # (B, T, C)
+def mlp(dim):
+    fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+    return nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(), fc2=fc2))
 
 
 class SwiGLU(nn.Module):
@@ -94,30 +90,21 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)                   # (B, T, C)
 
 
-class LayerScale(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return x * self.gamma                                  # (B, T, C)
-
-
 class Block(nn.Module):
     def __init__(self, dim, heads, swiglu):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
-        self.ls1 = LayerScale(dim)
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = SwiGLU(dim) if swiglu else Mlp(dim)
-        self.ls2 = LayerScale(dim)
+        self.mlp = SwiGLU(dim) if swiglu else mlp(dim)
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(dim)})
 
     def forward(self, x):
         update = self.attn(self.norm1(x))                      # (B, T, C)
-        x = x + self.ls1(update)
+        x = x + self.ls1["gamma"] * update
         update = self.mlp(self.norm2(x))                       # (B, T, C)
-        return x + self.ls2(update)
+        return x + self.ls2["gamma"] * update
 
 
 class DINOv2(nn.Module):
@@ -359,19 +346,16 @@ def train_classifier(model, batches, optimizer, steps, device):
     optimizer  its learning rates are reached after a tenth of the steps, then fall linearly to 0
     Raises FloatingPointError, in one line, if the loss is not finite at the end.
     """
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps)))
     model.train()
-    for step in range(steps):
-        rising = (step + 1) / (0.1 * steps)
-        falling = (steps - step) / (0.9 * steps)
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * min(1, rising, falling)
-        images, labels = next(batches)
+    for images, labels in itertools.islice(batches, steps):
         logits = model(random_shift(images.to(device)))        # (B, num_classes)
         loss = F.cross_entropy(logits, labels.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        rate.step()
     if not loss.isfinite():
         raise FloatingPointError(f"the classifier's loss is {loss.item()} after {steps} steps: "
                                  "lower its learning rate")

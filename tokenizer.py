@@ -29,6 +29,7 @@ Letters: B batch, C channels, H W pixels, h w latent grid, d latent channels.
 import hashlib
 import math
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -84,26 +85,16 @@ class AttnBlock(nn.Module):
         return x + h.unflatten(2, x.shape[2:])
 
 
-class Downsample(nn.Module):
-    """(B,C,H,W) -> (B,C,H/2,W/2)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded right and below only, as in VQGAN
+def downsample(channels):
+    """(B,C,H,W) -> (B,C,H/2,W/2), padded on the right and below only, as in VQGAN."""
+    conv = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(channels):
     """(B,C,H,W) -> (B,C,2H,2W)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0), conv=conv))
 
 
 def mid_block(channels, num_blocks, num_groups):
@@ -144,7 +135,7 @@ class Encoder(nn.Module):
             c_in, width = width, hidden * multiplier
             level = Level(c_in, width, num_res_blocks, i in attn_levels, num_groups)
             if i < len(multipliers) - 1:
-                level.downsample = Downsample(width)
+                level.downsample = downsample(width)
             self.down.append(level)
         self.mid_block = mid_block(width, num_res_blocks, num_groups)
         self.norm_out = norm(width, num_groups)
@@ -172,7 +163,7 @@ class Decoder(nn.Module):
         for i, (c_in, width) in enumerate(zip(inputs, widths)):
             level = Level(c_in, width, num_res_blocks + 1, i in attn_levels, num_groups)
             if i > 0:
-                level.upsample = Upsample(width)
+                level.upsample = upsample(width)
             self.up.append(level)
         self.norm_out = norm(widths[0], num_groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
@@ -252,11 +243,10 @@ class VectorQuantizer(Bottleneck):
         return z.movedim(-1, 1), indices, loss
 
     def nearest(self, x):
-        """x (B*h*w, d) -> (B*h*w) int64, by |x - e|^2 without |x|^2, which all vectors e share."""
+        """x (B*h*w, d) -> (B*h*w) int64."""
         e = self.embedding.weight.float()                                  # (n, d)
-        squares = e.square().sum(1)
         rows = max(1, 2**24 // len(e))  # the whole (B*h*w, n) table of distances may be too large
-        return torch.cat([(squares - 2 * part @ e.T).argmin(1) for part in x.split(rows)])
+        return torch.cat([torch.cdist(part, e).argmin(1) for part in x.split(rows)])
 
     def latents_of(self, indices):
         return self.embedding(indices).movedim(-1, 1)
@@ -438,14 +428,10 @@ class LPIPS(nn.Module):
             x, y = layer(x), layer(y)
             if i in self.taps:
                 head = getattr(self, f"head{self.taps.index(i)}")          # (1, C_i, 1, 1)
-                difference = (self._unit(x) - self._unit(y)).square()      # (B, C_i, H_i, W_i)
+                a, b = (F.normalize(h.float(), dim=1, eps=1e-10) for h in (x, y))
+                difference = (a - b).square()                              # (B, C_i, H_i, W_i)
                 total = total + (difference * head).sum(1).mean((1, 2))
         return total
-
-    @staticmethod
-    def _unit(h):
-        h = h.float()
-        return h / (h.norm(dim=1, keepdim=True) + 1e-10)
 
 
 def load_lpips(net, folder):
@@ -534,16 +520,16 @@ def discriminator_loss(logits_real, logits_fake):
     return (real + fake) / 2
 
 
-def adaptive_weight(base_loss, generator_loss, last_weight, limit=1e6):
+def adaptive_weight(base_loss, generator_loss, last_weight):
     """VQGAN eq. 7: the weight that gives both losses gradients of the same norm in `last_weight`.
 
-    Returns a detached scalar in [0, limit]. Log it: a weight at its limit, or one that falls to 0,
+    Returns a detached scalar in [0, 1e6]. Log it: a weight at its limit, or one that falls to 0,
     shows that adversarial training has gone wrong.
     """
     pull, = torch.autograd.grad(base_loss, last_weight, retain_graph=True)
     push, = torch.autograd.grad(generator_loss, last_weight, retain_graph=True)
     ratio = pull.float().norm() / (push.float().norm() + 1e-6)
-    return ratio.clamp(0, limit).detach()
+    return ratio.clamp(0, 1e6).detach()
 
 
 def adversarial_loss(reconstruction, base_loss, discriminator, last_weight, weight=0.5):

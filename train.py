@@ -69,7 +69,7 @@ import dit
 import llamagen
 import repa
 import tokenizer as tokenizers
-from fsq import CodeUsage, bound
+from fsq import EDGES, CodeUsage, bound
 from tokenizer import (QUANTIZERS, PatchDiscriminator, Tokenizer, adversarial_loss,
                        discriminator_layers, discriminator_loss, load_lpips, psnr,
                        reconstruction_loss)
@@ -299,8 +299,8 @@ def find_splits(folder):
     and val2017/. A folder that holds nothing but one folder of folders stands for that one.
     """
     by_name = {p.name.lower(): p for p in subfolders(folder)}
-    train = next((by_name[name] for name in TRAIN_NAMES if name in by_name), None)
-    val = next((by_name[name] for name in VAL_NAMES if name in by_name), None)
+    train, val = (next((by_name[name] for name in names if name in by_name), None)
+                  for names in (TRAIN_NAMES, VAL_NAMES))
     if not train and not val:
         like_train, like_val = ([p for name, p in by_name.items() if begins_with(name, words)]
                                 for words in (TRAIN_NAMES, VAL_NAMES))
@@ -437,11 +437,16 @@ class Folder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        try:
-            return read_image(self.paths[index]), int(self.targets[index])
-        except Exception as error:  # PIL has a dozen ways to say that a file is broken
-            raise UsageError(f"cannot read the image {self.paths[index]} ({error}): "
-                             "repair or remove it, or pass --skip-bad-images")
+        return open_image(self.paths[index]), int(self.targets[index])
+
+
+def open_image(path):
+    """`read_image`, with UsageError for a file that cannot be read."""
+    try:
+        return read_image(path)
+    except Exception as error:  # PIL has a dozen ways to say that a file is broken
+        raise UsageError(f"cannot read the image {path} ({error}): "
+                         "repair or remove it, or pass --skip-bad-images")
 
 
 def readable(paths, processes):
@@ -455,11 +460,11 @@ def readable(paths, processes):
             return True
         return False
 
-    mine, good = range(processes.rank, len(paths), processes.world), torch.zeros(len(paths))
-    with ThreadPool(min(32, os.cpu_count() + 4)) as pool:
+    mine, good = processes.mine(range(len(paths))), torch.zeros(len(paths))
+    with ThreadPool(32) as pool:
         could = [*tqdm(pool.imap(try_to_read, mine, 16), total=len(mine),
                        disable=processes.quiet(), desc="reading every image once")]
-    good[processes.rank::processes.world] = torch.tensor(could, dtype=torch.float32)
+    processes.mine(good)[:] = torch.tensor(could, dtype=torch.float32)
     good = processes.sum(good).bool().numpy()
     if not good.any():
         raise UsageError(f"none of the {len(paths)} images can be read, such as {paths[0]}")
@@ -596,9 +601,6 @@ def open_sources(data, splits, image_size, skip_bad, processes=None):
     """--data -> a source of (PIL image, class) for each split. Rank 0 lists a folder once, for all
     splits and `processes`. The processes of a machine share the list in memory."""
     processes = processes or ALONE
-    if processes.world > 1 and data in BUILT_IN:
-        with processes.in_turn():  # the first process downloads, the others find it there
-            return open_sources(data, splits, image_size, skip_bad)
     if data in BUILT_IN and "all" in splits:
         raise UsageError(f"--split all is for folders: {data} is either train or val")
     if data == "shapes":
@@ -606,7 +608,9 @@ def open_sources(data, splits, image_size, skip_bad, processes=None):
     if data == "cifar10":
         from torchvision.datasets import CIFAR10
         try:
-            sources = [CIFAR10(CACHE, train=split == "train", download=True) for split in splits]
+            with processes.in_turn():  # the first process downloads, the others find it there
+                sources = [CIFAR10(CACHE, train=split == "train", download=True)
+                           for split in splits]
         except (OSError, RuntimeError) as error:
             raise UsageError(f"CIFAR-10 could not be downloaded ({error}): "
                              f"put cifar-10-python.tar.gz into {CACHE}")
@@ -870,7 +874,7 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
     sums = torch.zeros(2, 2, model.latent_dim, dtype=torch.float64)  # of z and pre, and squared
     bins = torch.zeros(model.latent_dim, 4096, dtype=torch.float64)  # a histogram of y in [-1, 1]
     count, seconds = torch.zeros((), dtype=torch.float64), 0.0
-    mine = torch.arange(processes.rank, len(places), processes.world)
+    mine = processes.mine(torch.arange(len(places)))
     loader = DataLoader(Subset(images, places[mine].tolist()), batch_size,
                         num_workers=num_workers)
     for part, (x, _) in zip(mine.split(batch_size), tqdm(
@@ -970,8 +974,7 @@ class Codec(NamedTuple):
 
 def load_codec(checkpoint, image_size, device):
     """The Codec of a tokenizer's checkpoint, or of the part of a generator's that holds one."""
-    tokenizer = build_network(checkpoint).to(device, memory_format=torch.channels_last)
-    tokenizer.eval().requires_grad_(False)
+    tokenizer = build_network(checkpoint, device=device)
     f = tokenizer.downsample
     if any(side % f for side in image_size):
         raise UsageError(f"images of {image_size[0]} x {image_size[1]} px do not divide by the "
@@ -1068,9 +1071,8 @@ def open_cache(path, shape, dtype, codebook_size):
         if array.shape != shape or array.dtype != dtype:
             return None
         for part in np.array_split(array, max(1, array.nbytes // 2**26)):
-            if codebook_size and not (part.min() >= 0 and part.max() < codebook_size):
-                return None
-            if not codebook_size and not np.isfinite(part).all():
+            whole = part.max() < codebook_size if codebook_size else np.isfinite(part).all()
+            if not whole:  # (integers are unsigned)
                 return None
         return array
     except (OSError, ValueError, EOFError):
@@ -1132,7 +1134,7 @@ def save_array(path, shape, dtype, blocks):
 def write_tokens(parts, args, processes, tokenizer, images, split, shape, dtype, size):
     """Encode this process's share of {path: range of images}, except what is there already."""
     batch = max(1, 128 // shape[1])
-    mine = [*parts.items()][processes.rank::processes.world]
+    mine = processes.mine([*parts.items()])
     missing = [(path, part) for path, part in mine
                if open_cache(path, (len(part), *shape[1:]), dtype, size) is None]
     keys = [part[i:i + batch] for _, part in missing for i in range(0, len(part), batch)]
@@ -1165,9 +1167,8 @@ class LlamaGenTask:
         levels = codec.tokenizer.levels
         groups = args.token_groups
         if not groups:  # the fewest that keep each digit's vocabulary within 4096
-            divisors = [g for g in range(1, len(levels) + 1) if len(levels) % g == 0]
-            groups = next((g for g in divisors if max(llamagen.group_vocab(levels, g)) <= 4096),
-                          len(levels))
+            groups = next((g for g in range(1, len(levels)) if len(levels) % g == 0
+                           and max(llamagen.group_vocab(levels, g)) <= 4096), len(levels))
         n_layer, dim, n_head = llamagen.SIZES[args.size]
         return dict(grid=codec.grid, vocab_sizes=llamagen.group_vocab(levels, groups),
                     n_layer=n_layer, n_head=n_head, dim=dim, dropout=args.dropout)
@@ -1427,12 +1428,12 @@ class GeneratorTraining:
 
 
 @torch.no_grad()
-def validate_generator(task, model, codec, tokens, processes, batch_size=64, limit=1000):
+def validate_generator(task, model, codec, tokens, processes):
     """The validation loss over at most 1,000 centre views, shared among the processes. FSDP needs
     the same number of calls from each, so one without a block repeats the last, uncounted."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # of loss * images, of images
-    blocks = spread(tokens, limit).split(batch_size)
+    blocks = spread(tokens, 1000).split(64)
     for first in range(0, len(blocks), processes.world):
         block = min(first + processes.rank, len(blocks) - 1)
         part = blocks[block]
@@ -1531,12 +1532,11 @@ def load_teacher(teacher, folder, processes):
         with building("the teacher"):
             name = (f"classifier of {len(teacher['classes'])} classes, accuracy "
                     f"{teacher['accuracy']:.1%}")
-        model = build_network(teacher).to(processes.device, memory_format=torch.channels_last)
+        return build_network(teacher, device=processes.device), name
     else:
         name = str(teacher.get("source"))
         with processes.in_turn(), building(f"--repa-teacher {name}"):
-            model = repa.load_dinov2(name, folder).to(processes.device)
-    return model.eval().requires_grad_(False), name
+            return repa.load_dinov2(name, folder).to(processes.device), name
 
 
 # ---- The loop -----------------------------------------------------------------------------------
@@ -1730,7 +1730,7 @@ class Muon(torch.optim.Optimizer):
             p.addcdiv_(mean, square.sqrt().add_(1e-8), value=-0.1 * group["lr"])
 
 
-def orthogonalize(x, steps=5):
+def orthogonalize(x):
     """(K,M,N) matrices -> U V^T of each U S V^T, roughly: singular values between 0.7 and 1.2.
 
     Five Newton-Schulz steps x <- a x + b (x x^T) x + c (x x^T)^2 x, with the coefficients of
@@ -1740,13 +1740,13 @@ def orthogonalize(x, steps=5):
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT, steps).mT
+        return orthogonalize(x.mT).mT
     # The polynomials of small singular values are large: TF32's 10 bits do not suffice for them.
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
     identity = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
     gram, product = x @ x.mT, identity                                                 # (K,M,M)
-    for _ in range(steps):
+    for _ in range(5):
         polynomial = a * identity + b * gram + c * gram @ gram
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial
@@ -1802,6 +1802,10 @@ class Processes(NamedTuple):
     def quiet(self):
         """tqdm's `disable`: no bars but on rank 0 in a terminal."""
         return None if self.rank == 0 else True
+
+    def mine(self, items):
+        """Every world-th of the items, from the rank-th on: the share of this process."""
+        return items[self.rank::self.world]
 
     def barrier(self):
         if self.world > 1:
@@ -2177,8 +2181,7 @@ def check_network(state, path):
 def check_tokens(state, path):
     """A generator is for the tokens that its tokenizer makes."""
     network, codes = state["network"], state["tokenizer"]["network"]
-    f = 2 ** (len(codes["multipliers"]) - 1)
-    grid = [side // f for side in state["args"]["image_size"]]
+    grid = [side // downsampling(codes) for side in state["args"]["image_size"]]
     if state["kind"] == "llamagen":
         fits = (list(network["grid"]) == grid
                 and math.prod(network["vocab_sizes"]) == number_of_codes(codes))
@@ -2187,6 +2190,11 @@ def check_tokens(state, path):
                 and network["in_channels"] == len(codes["levels"]))
     if not fits:
         raise not_whole(path, f"its {state['kind']} is for other tokens than its tokenizer makes")
+
+
+def downsampling(network):
+    """Of a tokenizer with these constructor arguments."""
+    return 2 ** (len(network["multipliers"]) - 1)
 
 
 def number_of_codes(network):
@@ -2202,8 +2210,7 @@ def stored_args(args, path):
         parsed = plain_args(parser.parse_args(as_argv(args, vars(known))))
     except UsageError as error:
         raise not_whole(path, error)
-    return {name: parsed[name] if name in parsed and value is not None and value is not False
-            else value for name, value in args.items()}
+    return {**args, **{name: parsed[name] for name in args if name in parsed and args[name]}}
 
 
 def upgraded(state):
@@ -2249,8 +2256,8 @@ def released(state, path, quiet, overrides):
         raise UsageError(f"{path} is no checkpoint of train.py, and its names ({names}, ...) are "
                          "those of no public tokenizer, LlamaGen or DiT")
     weights, entries, about = describe(path, weights, config, overrides)
-    if not quiet and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: public {kind}; {'; '.join(about + said)}", file=sys.stderr)
+    if not quiet:
+        say_once(f"{path}: public {kind}; {'; '.join(about + said)}")
 
     size = overrides.get("image_size") or config.get("data", {}).get("image_size")
     args = {"data": None, "image_size": two_sides(size, path) if size else None}
@@ -2260,6 +2267,12 @@ def released(state, path, quiet, overrides):
     return {"format": 2, "public": True, "kind": kind, "step": 0, "args": args,
             "classes": [str(i) for i in classes] or ["all"], "ema": weights, "model": last,
             **entries}
+
+
+def say_once(text):
+    """Print to stderr, in one process of all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def two_sides(size, path):
@@ -2272,10 +2285,10 @@ def two_sides(size, path):
 
 def public_weights(state):
     """(the averaged weights, completed by the last ones; the last ones; words on what lacks)."""
-    ema = find_weights(state, ("ema", "ema_state_dict"))
-    model = find_weights(state, ("model", "model_state_dict", "state_dict", "gen_model"))
+    ema = find_weights(state, "ema", "ema_state_dict")
+    model = find_weights(state, "model", "model_state_dict", "state_dict", "gen_model")
     if not ema and not model:
-        model = find_weights({"weights": state}, ("weights",))
+        model = find_weights({"weights": state}, "weights")
     lacking = model.keys() - ema.keys()  # an average without the frozen encoder, for example
     if not ema:
         said = ["no averaged weights, the last ones take their place"]
@@ -2303,7 +2316,7 @@ def public_tokenizer(path, weights, config, overrides):
         about += f", levels {network['levels']}, alpha {network['alpha']}"
     flags = {name: network[name] for name in ("quantizer", "levels", "alpha", "edges")
              if name in network}
-    flags["downsample"] = 2 ** (len(network["multipliers"]) - 1)
+    flags["downsample"] = downsampling(network)
     weights = tokenizers.released_weights(weights)
     return weights, {"network": network, "args": flags}, [about]
 
@@ -2322,19 +2335,19 @@ def public_dit(path, weights, config, overrides):
     rope = bool(switches.get("use_rope")) if switches else None
     network = dit.released_arguments(weights, overrides.get("heads"), rope)
     refuse_other_latents(path, config, network)
-    about = [in_words(network), *unused(config)]
+    about, model = [in_words(network), *unused(config)], None
     if network["rope"] and "feat_rope.freqs_cos" not in weights:
         about.append("no table of RoPE, which is computed anew")
-        weights = dit.released_weights(weights, dit.DiT(**network))
+        model = dit.DiT(**network)
     scale = overrides.get("latent_scale") or config.get("data", {}).get("latent_multiplier")
     if not scale:
         scale = 0.18215
         about.append("no latent scale, 0.18215 as in the public code (--latent-scale)")
     d = network["in_channels"]
     latents = {"mean": [0.0] * d, "std": [1 / scale] * d}
-    weights = dit.released_weights(weights)
-    return weights, {"network": network, "args": {}, "latents": latents,
-                     "sampling": {"guide_channels": 3}}, about
+    entries = {"network": network, "args": {}, "latents": latents,
+               "sampling": {"guide_channels": 3}}
+    return dit.released_weights(weights, model), entries, about
 
 
 def unused(config):
@@ -2364,7 +2377,7 @@ def refuse_other_latents(path, config, network):
                          "hold: only a scale can be undone")
 
 
-def find_weights(state, names):
+def find_weights(state, *names):
     """The first state dict under one of `names`, without the prefixes of DDP and compile."""
     for name in names:
         weights = state.get(name)
@@ -2391,12 +2404,13 @@ def check_weights(module, weights, what):
                          f"of another shape ({names})")
 
 
-def build_network(checkpoint, weights="ema", what="the checkpoint"):
-    """The network of a checkpoint, with its averaged ("ema") or last ("model") weights."""
+def build_network(checkpoint, weights="ema", what="the checkpoint", device="cpu"):
+    """The network of a checkpoint, frozen, with its averaged ("ema") or last ("model") weights."""
     with building(what):
         network = MODELS[checkpoint["kind"]](**checkpoint["network"])
     load_weights(network, checkpoint, weights, what)
-    return network
+    network = network.to(device, memory_format=torch.channels_last)
+    return network.eval().requires_grad_(False)
 
 
 def load_weights(module, checkpoint, name, what="the checkpoint"):
@@ -2428,8 +2442,13 @@ def whole_tensors(state, rank):
         return {name: whole_tensors(value, rank) for name, value in state.items()}
     if not hasattr(state, "full_tensor"):
         return state
-    state = state.full_tensor()
+    state = undivided(state)
     return state.cpu() if rank == 0 else None
+
+
+def undivided(tensor):
+    """The whole of a tensor that FSDP may have divided."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def training_state(training, processes):
@@ -2451,30 +2470,29 @@ def load_training(training, scaler, saved):
         scaler.load_state_dict(saved["scaler"])
 
 
+# What an optimizer keeps of a parameter, by the entry "muon" of its group. AdamW's has none.
+MOMENTS = {None: ("exp_avg", "exp_avg_sq", "step"), True: ("momentum",),
+           False: ("mean", "square", "count")}
+
+
 def load_optimizer(optimizer, state):
-    """Give an optimizer its saved state, which must fit its parameters."""
+    """Give an optimizer copies of its saved state, which must fit its parameters. (What is not
+    copied would keep the whole file mapped.)"""
     pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     if state["state"].keys() not in (set(), set(range(len(pairs)))):
         raise UsageError("the optimizer's state is not of as many parameters")
-    for number, (parameter, group) in enumerate(pairs if state["state"] else []):
-        if "muon" not in group:  # AdamW
-            names, count = ("exp_avg", "exp_avg_sq"), "step"
-        elif group["muon"]:
-            names, count = ("momentum",), None
-        else:
-            names, count = ("mean", "square"), "count"
-        moments = state["state"][number]
-        wrong = [name for name in names if moments[name].shape != parameter.shape or
-                 not moments[name].is_floating_point() or not moments[name].isfinite().all()]
-        if count and not 0 <= float(moments[count]) < math.inf:
-            wrong.append(count)
-        if wrong:
-            raise UsageError(f"the optimizer's {', '.join(wrong)} does not fit parameter {number}")
-        for name in names:
-            part = part_of(moments[name], parameter)
-            moments[name] = part.to(parameter.device, copy=True)  # so that the file can go
-        if count:
-            moments[count] = copy.deepcopy(moments[count])
+    for number, moments in state["state"].items():
+        parameter, group = pairs[number]
+        for name in MOMENTS[group.get("muon")]:
+            value = moments[name]
+            if name in ("step", "count"):
+                fits = 0 <= float(value) < math.inf
+                moments[name] = copy.deepcopy(value)
+            else:
+                fits = value.shape == parameter.shape and value.isfinite().all()
+                moments[name] = part_of(value, parameter).to(parameter.device, copy=True)
+            if not fits:
+                raise UsageError(f"the optimizer's {name} does not fit parameter {number}")
     own = optimizer.state_dict()["param_groups"]
     if [group.keys() for group in own] != [group.keys() for group in state["param_groups"]]:
         raise UsageError("the checkpoint was saved by another optimizer")
@@ -2491,8 +2509,7 @@ class Log:
 
     def __init__(self, path, start, saved, rank, mend="a lower --lr"):
         self.path, self.rank, self.rows, self.columns, self.mend = path, rank, [], [], mend
-        self.sums = {name: (torch.tensor(total), count)
-                     for name, (total, count) in (saved["log"] if saved else {}).items()}
+        self.sums = dict(saved["log"] if saved else {})
         self.restart_clock(start)
         if rank == 0 and path.exists():
             if saved and path.with_name("ckpt.pt").exists():
@@ -2547,10 +2564,8 @@ class Log:
     def add(self, values):
         """Count {name: scalar tensor} into the means."""
         for name, value in values.items():
-            if hasattr(value, "full_tensor"):  # a norm of divided parameters
-                value = value.full_tensor()
             total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value.detach().float(), count + 1)
+            self.sums[name] = (total + undivided(value).detach().float(), count + 1)
 
     def state(self):
         """The running sums, for the checkpoint."""
@@ -2560,8 +2575,7 @@ class Log:
         """Raise UsageError if a loss, a gradient or a weight is not finite."""
         bad = [name for name, (total, _) in self.state().items() if not math.isfinite(total)]
         norms = torch._foreach_norm(list(model.parameters()))
-        norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
-        if not torch.stack(norms).isfinite().all():
+        if not torch.stack([undivided(norm) for norm in norms]).isfinite().all():
             bad.append("the weights")
         if bad:
             raise UsageError(f"{', '.join(bad)} became non-finite {self.advice(step)}")
@@ -2608,8 +2622,10 @@ TUNABLE = ("data", "steps", "lr", "warmup", "cooldown", "grad_clip", "weight_dec
 PATHS = ("data", "tokenizer", "repa_teacher")  # the flags that may be spelled in many ways
 
 
-def number(kind, least, most, name):
+def number(kind, least, most, name=None):
     """An argparse type: a number of `kind` from least to most, called `name` in complaints."""
+    name = name or ("integer" if kind is int else "number")
+
     def convert(text):
         value = kind(text)
         if not least <= value <= most:  # nan is neither
@@ -2619,17 +2635,19 @@ def number(kind, least, most, name):
     return convert
 
 
-COUNT = number(int, 1, 10**9, "integer")
-WHOLE = number(int, 0, 2**31 - 1, "integer")
-WEIGHT = number(float, 0, 1e6, "number")
-RATE = number(float, 1e-12, 1e6, "number")
+COUNT = number(int, 1, 10**9)
+WHOLE = number(int, 0, 2**31 - 1)
+WEIGHT = number(float, 0, 1e6)
+RATE = number(float, 1e-12, 1e6)
 SHARE = number(float, 0, 1 - 1e-9, "share")
+PIXELS, LEVEL = number(int, 1, 2**14), number(int, 2, 2**16)
+WORKERS, SCALE = number(int, 0, 512), number(float, 1e-6, 1e6)
 SWITCH = argparse.BooleanOptionalAction  # a run that continues may turn it off with --no-...
 
 
 def slope(text):
     """--alpha: a number or "erf"."""
-    return text if text == "erf" else number(float, 1e-3, 1e3, "number")(text)
+    return text if text == "erf" else number(float, 1e-3, 1e3)(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -2690,10 +2708,10 @@ def make_parser():
         "train/ and val/ with class folders, or of images; several machines share it",
         default="shapes", metavar="{shapes,cifar10,DIR}")
     add("--image-size", "side of the square crop, or height and width, pixels",
-        number(int, 1, 2**14, "integer"), "PX", nargs="+")
+        PIXELS, "PX", nargs="+")
     add("--unconditional", "train without labels: all images are one class", action="store_true")
     add("--num-workers", "processes that decode images; unset, 8 a GPU and 0 on a CPU",
-        number(int, 0, 512, "integer"), "N")
+        WORKERS, "N")
     add("--skip-bad-images", "read every image once at the start, and leave out the unreadable",
         action=SWITCH, default=False)
 
@@ -2705,12 +2723,11 @@ def make_parser():
         "N")
     add("--quantizer", "bottleneck", choices=QUANTIZERS, default="ifsq")
     add("--levels", "code values of each latent channel; their number is the number of channels "
-        "of every bottleneck", number(int, 2, 2**16, "integer"), "L", nargs="+")
+        "of every bottleneck", LEVEL, "L", nargs="+")
     add("--alpha", "slope of the quantizer's sigmoid, or erf for the Gaussian CDF; unset, 1.6 for "
         "ifsq and 2.0 for fsq", slope, "{A,erf}")
     add("--edges", "half: the two outer bins are half as wide, as in the paper; full: all equal; "
-        "original: the bound of Mentzer et al.", choices=["half", "full", "original"],
-        default="half")
+        "original: the bound of Mentzer et al.", choices=EDGES, default="half")
     add("--downsample", "image side over latent side, a power of 2", COUNT, "F")
     add("--hidden", "width at the full resolution", COUNT, "C")
     add("--multipliers", "widths over --hidden, from the full resolution down", COUNT, "M",
@@ -2719,7 +2736,7 @@ def make_parser():
     add("--num-groups", "groups of every GroupNorm", COUNT, "N")
     add("--perceptual-weight", "weight of LPIPS in the loss", WEIGHT, "W")
     add("--disc-start", "first step with the adversarial loss, -1 for never",
-        number(int, -1, 10**9, "integer"), "STEP")
+        number(int, -1, 10**9), "STEP")
     add("--disc-weight", "factor of the adversarial loss, beside its adaptive weight", WEIGHT, "W",
         default=0.5)
 
@@ -2731,7 +2748,7 @@ def make_parser():
     add("--class-dropout", "share of labels hidden in training, for guidance", SHARE, "P",
         default=0.1)
     add("--crops", "crops of each image in the token cache: the centre and N - 1 random ones, "
-        "each with its mirror image", number(int, 1, 10_000, "integer"), "N", default=1)
+        "each with its mirror image", number(int, 1, 10_000), "N", default=1)
     add("--cache-dir", "folder of the token caches; several machines share it", Path, "DIR",
         default=Path("out/cache"))
     add("--grad-checkpoint", "recompute each layer in the backward pass: less memory, a third "
@@ -2776,7 +2793,7 @@ def make_parser():
     add("--heads", "attention heads of a public generator in --init-from, which the shapes of its "
         "weights do not tell", COUNT, "N")
     add("--latent-scale", "of a public DiT in --init-from: factor of its latents, if its file "
-        "does not say it", number(float, 1e-6, 1e6, "number"), "S")
+        "does not say it", SCALE, "S")
     add("--save-every", "steps from checkpoint to checkpoint", COUNT, "STEPS", default=1000)
     add("--eval-every", "steps from validation to validation", COUNT, "STEPS", default=500)
     add("--log-every", "steps from row to row in log.csv", COUNT, "STEPS", default=50)
@@ -2846,7 +2863,7 @@ def flags_of_tokenizer(path, given):
                                  alpha=given.alpha)
     network, stored = checkpoint["network"], checkpoint["args"]
     flags = {name: network.get(name, stored.get(name)) for name in TOKENIZER_FLAGS}
-    flags["downsample"] = 2 ** (len(network["multipliers"]) - 1)
+    flags["downsample"] = downsampling(network)
     flags["image_size"] = stored.get("image_size")
     return flags
 
@@ -2905,7 +2922,7 @@ def refuse_changes(args, before, purpose, mend="leave those flags out", free=(),
     changed, tuned = [], []
     for name, value in vars(before).items():
         now = getattr(args, name)
-        if name in free or now == value or list(np.atleast_1d(now)) == list(np.atleast_1d(value)):
+        if name in free or now == value:
             continue
         if name in PATHS and value and os.path.realpath(now) == os.path.realpath(value):
             continue  # one file or folder, spelled in two ways
@@ -2916,7 +2933,7 @@ def refuse_changes(args, before, purpose, mend="leave those flags out", free=(),
         raise UsageError(f"cannot {purpose} with other settings ({'; '.join(changed[:4])}{more}): "
                          f"{mend}, or begin a new run in another --out")
     if tuned:
-        print(f"from here on with other settings: {'; '.join(tuned)}", file=sys.stderr)
+        say_once(f"from here on with other settings: {'; '.join(tuned)}")
 
 
 def check_args(args):
@@ -2971,17 +2988,17 @@ def plain_args(args):
             for name, value in vars(args).items()}
 
 
-def first_stage_args(args, images):
+def first_stage_args(args, images, world):
     """The flags of the tokenizer that is trained for a generator without --tokenizer.
 
-    images: how many there are, and so the largest batch.
+    images: how many there are, and so the largest batch. world: the number of processes.
     """
     kind = "nano" if args.size == "nano" else "paper"
     flags = {**vars(args), **SCHEDULES["tokenizer", kind], "model": "tokenizer", "size": kind,
              "out": args.out / "tokenizer", "init_from": None, "resume": None, "fsdp": False,
              "repa_layer": None, "compile": False}
     flags["steps"] = args.tokenizer_steps or flags["steps"]
-    parts = args.grad_accum * (dist.get_world_size() if dist.is_initialized() else 1)
+    parts = args.grad_accum * world
     fitting = min(flags["batch_size"], images) // parts * parts
     flags["batch_size"] = fitting or parts
     return argparse.Namespace(**flags)
@@ -2989,7 +3006,7 @@ def first_stage_args(args, images):
 
 def first_stage(args, processes, splits):
     """The path of OUT/tokenizer/ckpt.pt, trained or continued now if it is not finished."""
-    flags = first_stage_args(args, len(splits[0]))
+    flags = first_stage_args(args, len(splits[0]), processes.world)
     path, saved = flags.out / "ckpt.pt", None
     if path.exists():
         saved = load_checkpoint(path, "tokenizer")
