@@ -487,7 +487,7 @@ CLAIMS = [
     Claim("models", "undecided", SHARE, LLAMAGEN, DIT,
           "Which is ahead after four times the steps is undecided.", 4 * LATE),
     Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
-          "And whose samples are nearer to the reconstructions then.", 4 * LATE),
+          "So is, narrowly, whose samples are nearer to the reconstructions then.", 4 * LATE),
     Claim("repa-layer", "higher", BITS, at_layer("llamagen", 2), at_layer("llamagen", 4),
           "LlamaGen's loss is higher with layer 2 aligned than with layer 4.", EARLY),
     Claim("repa-layer", "lower", BITS, at_layer("llamagen", 8), at_layer("llamagen", 4),
@@ -573,6 +573,19 @@ CLAIMS = [
     Claim("bits", "lower", PSNR, EIGHT_OF_5, IFSQ,
           "On drawings eight channels of 5 levels have a lower PSNR than four of 17.",
           data="shapes", headline=True),
+    Claim("tokenizer-optimizer", "lower", PSNR, tokenizer(*ADAMW), IFSQ,
+          "On drawings ifsq has a lower PSNR with AdamW than with Muon.", data="shapes",
+          headline=True),
+    Claim("tokenizer-optimizer", "undecided", PSNR, tokenizer(*ADAMW),
+          tokenizer("--alpha", 2.0, *ADAMW),
+          "With AdamW it is undecided whether ifsq and fsq have the same PSNR.", within=0.5,
+          data="shapes"),
+    Claim("tokenizer-optimizer", "undecided", PSNR, tokenizer(*ADAMW),
+          tokenizer("--quantizer", "ae", *ADAMW),
+          "So it is whether ifsq falls behind an autoencoder.", data="shapes"),
+    Claim("tokenizer-optimizer", "undecided", PSNR, tokenizer(*ADAMW),
+          tokenizer("--levels", *[5] * 4, *ADAMW),
+          "And whether 17 levels have a higher PSNR than 5.", data="shapes"),
 ]
 
 
