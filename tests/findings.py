@@ -488,6 +488,8 @@ CLAIMS = [
           "Which is ahead after four times the steps is undecided.", 4 * LATE),
     Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
           "So is, narrowly, whose samples are nearer to the reconstructions then.", 4 * LATE),
+    Claim("models", "higher", "FD to images", LLAMAGEN, DIT,
+          "By the Frechet distance DiT's samples are nearer to the images then.", 4 * LATE),
     Claim("repa-layer", "higher", BITS, at_layer("llamagen", 2), at_layer("llamagen", 4),
           "LlamaGen's loss is higher with layer 2 aligned than with layer 4.", EARLY),
     Claim("repa-layer", "lower", BITS, at_layer("llamagen", 8), at_layer("llamagen", 4),
