@@ -1175,12 +1175,14 @@ def free_name(name, paths, args, processes, used):
     args.out.mkdir(parents=True, exist_ok=True)
     for i in itertools.count(1):
         candidate = name if i == 1 else f"{name}-{i}"
+        if candidate in used:
+            continue
         file = args.out / f"{candidate}.json"
-        if processes.rank == 0 and candidate not in used:
+        if processes.rank == 0:
             with contextlib.suppress(FileExistsError), open(file, "x") as stub:
                 taken = True
                 stub.write(unfinished)
-        if processes.agree(taken or candidate not in used and paths_in(file) == paths):
+        if processes.agree(taken or paths_in(file) == paths):  # an earlier report is replaced
             break
     try:
         yield candidate

@@ -1321,17 +1321,12 @@ class GeneratorTraining:
         if not sharded:
             whole.to(processes.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        if sharded:  # the weights of a new run are whole on the CPU of rank 0 alone
-            for module in dict.fromkeys((self.model, whole, self.ema)):
+        if sharded:
+            for module in dict.fromkeys((self.model, whole, self.ema)):  # without REPA two are one
                 processes.shard(module)
                 module.to_empty(device=processes.device)
             if not saved:
-                from torch.distributed.checkpoint.state_dict import (StateDictOptions,
-                                                                     set_model_state_dict)
-                options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-                drawn = self.draw(network).state_dict() if processes.rank == 0 else {}
-                set_model_state_dict(whole, drawn, options=options)
-                self.ema.load_state_dict(self.model.state_dict())
+                self.fill(whole, network)
         if init:
             load_weights(self.model, init, "ema", args.init_from)
             load_weights(self.ema, init, "ema", args.init_from)
@@ -1342,6 +1337,15 @@ class GeneratorTraining:
         compile_networks(args, whole)
         self.network = processes.wrap(whole)
         return network
+
+    def fill(self, whole, network):
+        """Give the divided module of a new run its weights, drawn on the CPU of rank 0 alone."""
+        from torch.distributed.checkpoint.state_dict import (StateDictOptions,
+                                                             set_model_state_dict)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        drawn = self.draw(network).state_dict() if self.processes.rank == 0 else {}
+        set_model_state_dict(whole, drawn, options=options)
+        self.ema.load_state_dict(self.model.state_dict())
 
     def draw(self, network):
         """The module that is trained, with the weights of the seed: the model, or with REPA the
@@ -1895,24 +1899,34 @@ class Processes(NamedTuple):
     def require_shared(self, outputs, inputs):
         """Raise UsageError on every process if one does not see the files that rank 0 sees: a file
         that it leaves in each of `outputs` for a moment, and the names in each of `inputs`."""
+        if self.world == 1:
+            return
         name = f".shared-{self.agree(uuid.uuid4().hex)}"
-        for path in (*outputs, *inputs) if self.world > 1 else ():
-            mark, seen = path / name, None
-            with contextlib.suppress(OSError):  # a full cache may be on a read-only disk
-                if self.rank == 0 and path in outputs:
+        for path in outputs:
+            mark = path / name
+            if self.rank == 0:
+                with contextlib.suppress(OSError):  # a full cache may be on a read-only disk
                     path.mkdir(parents=True, exist_ok=True)
                     mark.touch()
             self.barrier()
+            try:
+                self.require_same(path, os.path.exists(mark))
+            finally:
+                if self.rank == 0 and os.path.exists(mark):
+                    mark.unlink()
+        for path in inputs:
+            seen = None
             with contextlib.suppress(OSError):
-                seen = mark.exists() if path in outputs else (
-                    path.is_file() or sorted(os.listdir(path))[:1000])  # of maybe a million
-            blind = self.largest(0 if seen == self.agree(seen) else self.rank + 1)
-            if self.rank == 0 and seen is True and path in outputs:
-                mark.unlink()
-            if blind:
-                raise UsageError(f"rank {int(blind) - 1} does not see {path.resolve()} as rank 0 "
-                                 "does: put --out, --cache-dir, --data and --tokenizer on a disk "
-                                 "that all machines share")
+                seen = path.is_file() or sorted(os.listdir(path))[:1000]  # of maybe a million
+            self.require_same(path, seen)
+
+    def require_same(self, path, seen):
+        """Raise UsageError on every process if one has not seen at `path` what rank 0 has."""
+        blind = self.largest(0 if seen == self.agree(seen) else self.rank + 1)  # its number + 1
+        if blind:
+            raise UsageError(f"rank {int(blind) - 1} does not see {path.resolve()} as rank 0 does: "
+                             "put --out, --cache-dir, --data and --tokenizer on a disk that all "
+                             "machines share")
 
 
 ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)  # a program without torchrun
