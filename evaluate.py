@@ -35,7 +35,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import sys
 import time
 import uuid
