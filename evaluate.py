@@ -35,6 +35,7 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
 import sys
 import time
 import uuid
@@ -59,8 +60,8 @@ from train import (BUILT_IN, COUNT, LEVEL, PIXELS, SCALE, TASKS, WEIGHT, WHOLE, 
                    compile_networks, counted, downsampling, draw_reconstructions, find_images,
                    fingerprint, guarded, load_checkpoint, load_codec, load_teacher, load_weights,
                    measure_tokenizer, number, number_of_codes, open_image, open_images, plain_args,
-                   read_file, read_teacher, readable, sample_pictures, sampling_settings, say_once,
-                   seed_of, slope, spread, start_processes, to_float, validate_generator)
+                   read_file, read_teacher, readable, replacing, sample_pictures, sampling_settings,
+                   say_once, seed_of, slope, spread, start_processes, to_float, validate_generator)
 
 METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
 SAMPLING = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler",
@@ -173,7 +174,7 @@ def pca_floor(images, model):
     batch, _ = batch_of(images, spread(images, count), "cpu")
     patches = F.pixel_unshuffle(batch.double() / 255, f).movedim(1, -1).flatten(0, -2)  # (N,3ff)
     mean = patches.mean(0)
-    _, vectors = scipy.linalg.eigh(torch.cov(patches.T).numpy())
+    _, vectors = scipy.linalg.eigh(torch.cov(patches.T, correction=0).numpy())
     basis = torch.from_numpy(vectors[:, ::-1][:, :d].copy())                           # (3ff,d)
     values = (patches - mean) @ basis                                                  # (N,d)
     scalar = model.quantizer in ("ifsq", "fsq")
@@ -185,7 +186,8 @@ def pca_floor(images, model):
         return ((values / width).clamp(-1, 1) * half).round() / half * width
 
     if levels:
-        widths = values.std(0) * torch.arange(1.0, 5.0, 0.25)[:, None]                 # (16,d)
+        std = values.std(0, correction=0).clamp(min=1e-9)
+        widths = std * torch.arange(1.0, 5.0, 0.25)[:, None]                           # (16,d)
         errors = torch.stack([(rounded(values, w) - values).square().mean(0) for w in widths])
         width = widths.gather(0, errors.argmin(0)[None])[0]                            # (d,)
 
@@ -247,7 +249,8 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
     labels = choose_labels(args, classes)
     reference, measure = None, None
     if network and (args.metrics or not args.classes):  # chosen classes are not the data's
-        reference = find_reference(trained["data"], size, args, processes, network, references)
+        reference = find_reference(trained["data"], about_validation, size, args, processes,
+                                   network, references)
     if reference:
         measure = Measure(network, len(labels), wanted(args))
         check_alike(reference["about"], {"name": "the samples", "inception": network.label,
@@ -745,23 +748,31 @@ def measure_reference(opened, args, processes, network):
     return statistics
 
 
-def find_reference(data, size, args, processes, network, references):
-    """The statistics that samples are compared with, or None with a word if they are not here."""
-    source = args.reference or args.data or data
-    if (source, *size) in references:
-        return references[source, *size]
-    split = "all" if args.reference and source not in BUILT_IN else "train"
+def find_reference(data, validation, size, args, processes, network, references):
+    """The statistics that samples are compared with, or None with a word if they are not here.
+
+    They are those of --reference, or else of the training images `data`; where these are not here,
+    of --data, and of all its images if `validation` (see `try_validation`) took them all.
+    """
+    here = data in BUILT_IN or data is not None and Path(data).is_dir()
+    source, split = args.reference or (data if here else args.data or data), "train"
+    taken_whole = not here and not args.split and validation and validation["split"] == "all"
+    if source not in BUILT_IN and (args.reference or taken_whole):
+        split = "all"
+    key = source, split, *size
+    if key in references:
+        return references[key]
     try:
         if source is None:
             raise UsageError("the file does not say what it was trained on")
         opened = open_set(source, args, processes, size, split)
     except UsageError as error:
-        if args.reference or args.data or args.metrics:
+        if args.reference or args.metrics:
             raise
         processes.say(f"gfid n/a: {error}; name images with --reference")
         return None
-    references[source, *size] = measure_reference(opened, args, processes, lambda: network)
-    return references[source, *size]
+    references[key] = measure_reference(opened, args, processes, lambda: network)
+    return references[key]
 
 
 @torch.no_grad()
@@ -860,12 +871,15 @@ def precision_recall(real, fake):
     numbers of images, so state them. All images are used.
     """
     def share(centres, points):
-        neighbours = min(4, len(centres))  # the first one is the image itself
+        slack = 1e-7 * centres.norm(dim=1).max()  # cdist rounds: duplicates are not at distance 0
+        neighbours = min(4, len(centres))         # the first one is the image itself
         radius = torch.cat([torch.cdist(block, centres).kthvalue(neighbours, 1).values
                             for block in centres.split(1000)])  # in blocks, for the memory
-        inside = [(torch.cdist(block, centres) <= radius).any(1) for block in points.split(1000)]
+        inside = [(torch.cdist(block, centres) <= radius + slack).any(1)
+                  for block in points.split(1000)]
         return torch.cat(inside).double().mean().item()
 
+    real, fake = real.double(), fake.double()
     return share(real, fake), share(fake, real)
 
 
@@ -993,10 +1007,11 @@ class Pictures:
         self.args, self.processes, self.shape = args, processes, (count, *size, 3)
         self.folder = args.out / name
         self.path = args.out / f".{name}-{processes.agree(uuid.uuid4().hex)}.npy"
+        self.drafts = self.path.with_suffix("")  # a folder of .png files until all are there
         self.needed = keep or args.save_npz or args.save_images
         if self.needed and processes.rank == 0:
             # Called by `finish`, or when the evaluation fails and this object goes.
-            self.remove_file = weakref.finalize(self, self.path.unlink, missing_ok=True)
+            self.tidy = weakref.finalize(self, remove, self.path, self.drafts)
             np.lib.format.open_memmap(self.path, "w+", np.uint8, self.shape).flush()
         processes.barrier()
 
@@ -1010,8 +1025,8 @@ class Pictures:
                 file.seek(offset + place * size)
                 file.write(picture.tobytes())
                 if self.args.save_images:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(picture).save(self.folder / f"{place:06d}.png")
+                    self.drafts.mkdir(exist_ok=True)
+                    Image.fromarray(picture).save(self.drafts / f"{place:06d}.png")
 
     def array(self):
         return np.load(self.path, mmap_mode="r")
@@ -1022,13 +1037,21 @@ class Pictures:
         if not self.needed or self.processes.rank > 0:
             return
         if self.args.save_npz:
-            np.savez(self.folder.with_name(f"{self.folder.name}.npz"), self.array(),
-                     np.array(labels, dtype=np.int64))
-        if self.args.save_images:  # an earlier run may have left more of them
+            with replacing(self.folder.with_name(f"{self.folder.name}.npz")) as file:
+                np.savez(file, self.array(), np.array(labels, dtype=np.int64))
+        if self.args.save_images:  # in the place of those of an earlier run
+            self.folder.mkdir(exist_ok=True)
             for old in self.folder.glob("[0-9]" * 6 + ".png"):
-                if int(old.stem) >= self.shape[0]:
-                    old.unlink()
-        self.remove_file()
+                old.unlink()
+            for draft in self.drafts.iterdir():
+                draft.rename(self.folder / draft.name)
+        self.tidy()
+
+
+def remove(file, folder):
+    """Remove both, if they are there."""
+    file.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def draw_classes(path, samples, labels, classes):

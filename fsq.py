@@ -82,11 +82,11 @@ def grid(levels, edges="half"):
       full      codes (2k+1)/L - 1: the centres of L bins of equal width
       original  codes k/(L//2) - 1: Mentzer et al.; for even L they end at 1 - 2/L
     """
-    shift = (levels % 2 == 0) * 0.5
+    shift = (levels % 2 == 0).float() / 2
     if edges == "half":
-        return (levels - 1) / 2, shift, shift
+        return (levels - 1).float() / 2, shift, shift
     if edges == "full":
-        return levels / 2, shift, shift
+        return levels.float() / 2, shift, shift
     return levels // 2, shift, torch.zeros_like(shift)
 
 
@@ -105,7 +105,7 @@ def bound_original(z, levels, alpha=2.0):
 class FSQ(nn.Module):
     """Finite scalar quantizer. It has no parameters and adds nothing to a state dict.
 
-    levels: number of code values of each channel, odd or even, from 2 to 2^31 - 1; d = len(levels)
+    levels: number of code values of each channel, odd or even, from 2 to 2^24; d = len(levels)
     alpha:  1.6 is iFSQ, 2.0 FSQ (tanh); or "erf"; see `bound`
     edges:  "half" (the paper), "full" (equal bins) or, with alpha=2.0, "original" (Mentzer et
             al.); see `grid` and `bound_original`
@@ -117,8 +117,9 @@ class FSQ(nn.Module):
     def __init__(self, levels, alpha=1.6, edges="half"):
         super().__init__()
         levels = list(levels)
-        if not levels or any(level % 1 or not 2 <= level < 2**31 for level in levels):
-            raise ValueError(f"levels must be integers of at least 2 and below 2^31, not {levels}")
+        if not levels or any(level % 1 or not 2 <= level <= 2**24 for level in levels):
+            raise ValueError("levels must be integers of at least 2 and at most 2^24, beyond which "
+                             f"fp32 has gaps, not {levels}")
         if edges not in EDGES:
             raise ValueError(f"edges must be one of {', '.join(EDGES)}, not {edges!r}")
         is_slope = isinstance(alpha, (int, float)) and 0 < alpha < math.inf

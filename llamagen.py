@@ -404,10 +404,10 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 def draw(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
     """One token per row by inverse CDF: logits (B, V), uniforms (B,) in [0, 1) -> (B,) int64.
 
-    Temperature 0 takes the most likely token.
+    A temperature below 1e-6, with which fp32 could overflow, takes the most likely token.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1)
     logits = filter_logits(logits / temperature, top_k, top_p)
     probs = logits.softmax(-1)                                 # (B, V)

@@ -950,8 +950,10 @@ class Codec(NamedTuple):
         device = next(self.tokenizer.parameters()).device
         mean, std = (torch.tensor(latents[name], dtype=torch.float32, device=device)
                      for name in ("mean", "std"))
+        # What is constant over these few images may vary in others: it must not be blown up.
+        least = 0.01 * std.max().item() or 1.0
         return self._replace(mean=mean.view(1, -1, 1, 1),
-                             std=std.clamp(min=1e-6).view(1, -1, 1, 1))
+                             std=std.clamp(min=least).view(1, -1, 1, 1))
 
     def plain(self, tokens):
         """tokens -> z (B,d,h,w) as the decoder takes it."""
@@ -1377,7 +1379,7 @@ class GeneratorTraining:
         """{"mean", "std"} of z over validation images, channel by channel."""
         places = spread(self.val_tokens, 1000)
         z = self.codec.plain(batch_of(self.val_tokens, places, self.processes.device)[0])
-        return {"mean": z.mean((0, 2, 3)).tolist(), "std": z.std((0, 2, 3)).tolist()}
+        return {"mean": z.mean((0, 2, 3)).tolist(), "std": z.std((0, 2, 3), correction=0).tolist()}
 
     def turn(self, step):
         """(network, optimizer) that this step trains. There is no critic."""
@@ -1493,8 +1495,7 @@ def find_teacher(args, processes, images, val_images):
     if teacher["classes"] != images.classes:
         raise UsageError(f"{path} knows other classes than --data {args.data}: remove it, or "
                          "choose another --out")
-    refuse_changes(args, only(teacher["args"], source_flags(teacher, images)), f"use {path}",
-                   f"name it with --repa-teacher {path}, or remove it")
+    refuse_other_source(args, teacher, images, path, "--repa-teacher")
     return teacher
 
 
@@ -1561,7 +1562,7 @@ def fit(training, args, processes, saved, first_stage=False):
     if first_stage:
         mend += " as --model tokenizer, and name its checkpoint with --tokenizer"
     with building("the checkpoint's log"):
-        log = Log(args.out / "log.csv", start, saved, processes.rank, mend)
+        log = Log(args.out / "log.csv", start, saved, processes, mend)
     bar = tqdm(total=args.steps, initial=start, desc=args.model, unit="step", smoothing=0.05,
                disable=processes.quiet())
     entries = {name: saved[name] for name in ("latents",) if saved and name in saved}
@@ -1619,6 +1620,8 @@ def fit(training, args, processes, saved, first_stage=False):
                 row.update(columns)
                 processes.say(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
                 log.restart_clock(done)
+            elif saving:
+                entries = {}  # those of an earlier validation describe other weights
             if row:
                 log.write({"step": done, **row})
             if saving:
@@ -2511,6 +2514,8 @@ def load_optimizer(optimizer, state):
     if [group.keys() for group in own] != [group.keys() for group in state["param_groups"]]:
         raise UsageError("the checkpoint was saved by another optimizer")
     optimizer.load_state_dict(state)
+    for group, asked in zip(optimizer.param_groups, own):  # the flag may have changed
+        group["weight_decay"] = asked["weight_decay"]
 
 
 class Log:
@@ -2521,11 +2526,12 @@ class Log:
     time spent waiting for images: above 0.1 or so, raise --num-workers.
     """
 
-    def __init__(self, path, start, saved, rank, mend="a lower --lr"):
-        self.path, self.rank, self.rows, self.columns, self.mend = path, rank, [], [], mend
+    def __init__(self, path, start, saved, processes, mend="a lower --lr"):
+        self.path, self.processes, self.mend = path, processes, mend
+        self.rows, self.columns = [], []
         self.sums = dict(saved["log"] if saved else {})
         self.restart_clock(start)
-        if rank == 0 and path.exists():
+        if processes.rank == 0 and path.exists():
             if saved and path.with_name("ckpt.pt").exists():
                 self.rows = self.read(start)
             else:
@@ -2566,7 +2572,7 @@ class Log:
 
     def write(self, row):
         """Append a row, a dictionary with any columns."""
-        if self.rank > 0:
+        if self.processes.rank > 0:
             return
         self.rows.append(row)
         if not self.path.is_file() or set(row) - set(self.columns):
@@ -2582,8 +2588,12 @@ class Log:
             self.sums[name] = (total + undivided(value).detach().float(), count + 1)
 
     def state(self):
-        """The running sums, for the checkpoint."""
-        return {name: (float(total), count) for name, (total, count) in self.sums.items()}
+        """{name: (sum, count)} of means over the processes. All call it together."""
+        totals = torch.tensor([float(total) for total, _ in self.sums.values()],
+                              dtype=torch.float64)
+        totals = (self.processes.sum(totals) / self.processes.world).tolist()
+        return {name: (total, count)
+                for total, (name, (_, count)) in zip(totals, self.sums.items())}
 
     def check(self, step, model):
         """Raise UsageError if a loss, a gradient or a weight is not finite."""
@@ -2918,11 +2928,18 @@ def as_argv(values, known):
     return argv
 
 
-def source_flags(checkpoint, images):
-    """The flags beside its own that a first stage depends on. Data may lie elsewhere by now."""
-    known = checkpoint.get("fingerprint")
-    moved = known is not None and known == fingerprint(images)
-    return ("image_size", "seed") if moved else ("data", "image_size", "seed")
+def refuse_other_source(args, checkpoint, images, path, flag, names=()):
+    """Raise UsageError if the first stage in `path` was trained on other images than those of this
+    run, or with other flags `names`, image size or seed. The images may lie elsewhere by now."""
+    purpose, mend = f"use {path}", f"name it with {flag} {path}, or remove it"
+    known, now = checkpoint.get("fingerprint"), fingerprint(images)
+    names = (*names, "image_size", "seed")
+    if known is None or known != now:
+        refuse_changes(args, only(checkpoint["args"], ("data",)), purpose, mend)
+        if None not in (known, now):
+            raise UsageError(f"cannot {purpose}: it was trained on other images than are in --data "
+                             f"{args.data} now: {mend}")
+    refuse_changes(args, only(checkpoint["args"], names), purpose, mend)
 
 
 def only(flags, names):
@@ -3024,9 +3041,7 @@ def first_stage(args, processes, splits):
     path, saved = flags.out / "ckpt.pt", None
     if path.exists():
         saved = load_checkpoint(path, "tokenizer")
-        names = (*TOKENIZER_FLAGS, *source_flags(saved, splits[0]))
-        refuse_changes(flags, only(saved["args"], names), f"use {path}",
-                       f"name it with --tokenizer {path}, or remove it")
+        refuse_other_source(flags, saved, splits[0], path, "--tokenizer", TOKENIZER_FLAGS)
         if saved["step"] >= flags.steps:
             return path
     processes.say(f"first {'continuing' if saved else 'training'} the tokenizer in {flags.out}")
@@ -3052,6 +3067,9 @@ def train(args):
                 raise UsageError(f"{args.resume} has finished its {args.steps} steps: "
                                  "raise --steps to continue")
         splits = open_splits(args, processes, saved and saved["classes"])
+        known, now = saved and saved.get("fingerprint"), fingerprint(splits[0])
+        if None not in (known, now) and known != now:
+            processes.say(f"the images of --data have changed since {args.resume} was saved")
         # Before a first stage is trained.
         micro_batch_size(len(splits[0]), args.batch_size, processes.world, args.grad_accum)
         if args.model == "tokenizer":
@@ -3073,7 +3091,10 @@ def guarded(program, function):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")     # any name can be printed
         setattr(sys, name, stream)
-    code = 2
+    code, before = 2, None
+    if "RANK" not in os.environ:  # torchrun stops its processes itself
+        with contextlib.suppress(ValueError):  # only a program's main thread may ask for signals
+            before = signal.signal(signal.SIGTERM, leave)
     try:
         return function()
     except UsageError as error:
@@ -3095,11 +3116,18 @@ def guarded(program, function):
             raise
         text = OUT_OF_MEMORY
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         if dist.is_initialized():
             gc.collect()  # what still holds a group of --fsdp would leave its threads behind
             dist.destroy_process_group()
     print(f"{program}: {' '.join(text.split())[:480]}", file=sys.stderr)
     sys.exit(code)
+
+
+def leave(number, frame):
+    """Let SIGTERM end the program as an error would, so that unfinished files are removed."""
+    sys.exit(128 + number)
 
 
 OUT_OF_MEMORY = ("out of memory: lower --batch-size or --image-size, or in training raise "

@@ -740,6 +740,115 @@ def test_a_first_stage_of_other_settings_is_not_taken(base, tmp_path, capsys, st
     assert f"{flag} was" in line and f"name it with {name}" in line
 
 
+@pytest.mark.parametrize("stage", ["tokenizer", "teacher"])
+def test_a_first_stage_of_other_images_is_not_taken(base, tmp_path, capsys, stage):
+    """Even if they lie where the others lay."""
+    shutil.copytree(base / "data", tmp_path / "data")
+    flags = [*COMMON, "--image-size", "16", "--downsample", "4", "--data", str(tmp_path / "data"),
+             "--tokenizer-steps", "1", "--steps", "1", "--out", str(tmp_path / "run"),
+             "--cache-dir", str(tmp_path / "cache"), "--repa-layer", "1"]
+    train.main(flags)
+    (tmp_path / "run" / "ckpt.pt").unlink()
+    for split in "train", "val":  # labels are corrected
+        cat, dog = (tmp_path / "data" / split / name for name in ("cat", "dog"))
+        cat.rename(tmp_path / "cat")
+        dog.rename(cat)
+        (tmp_path / "cat").rename(dog)
+    if stage == "teacher":
+        shutil.rmtree(tmp_path / "run" / "tokenizer")
+    line = refused(capsys, train.main, flags)
+    assert f"{stage}/ckpt.pt: it was trained on other images" in line
+
+
+def test_a_run_says_that_its_images_have_changed(base, tmp_path, capsys):
+    shutil.copytree(base / "data", tmp_path / "data")
+    train.main([*TOKENIZER, "--data", str(tmp_path / "data"), "--steps", "1", "--out",
+                str(tmp_path / "run")])
+    put(tmp_path / "data" / "train" / "cat" / "3.png", 255)
+    train.main(["--resume", str(tmp_path / "run" / "ckpt.pt"), "--steps", "2"])
+    assert "the images of --data have changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_continued_run_takes_another_weight_decay(base, tmp_path, optimizer):
+    run(tmp_path / "a", base / "tok", "--data", str(base / "data"), "--optimizer", optimizer,
+        "--steps", "1")
+    weights = []
+    for name, decay in ("b", "0"), ("c", "50"):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+        train.main(["--resume", str(tmp_path / name / "ckpt.pt"), "--steps", "3", "--weight-decay",
+                    decay])
+        state = load_checkpoint(tmp_path / name / "ckpt.pt")
+        assert {g["weight_decay"] for g in state["optimizer"]["param_groups"]} == {float(decay)}
+        weights.append(state["model"]["layers.0.attention.wqkv.weight"])
+    assert weights[1].norm() < weights[0].norm()
+
+
+def test_channels_that_are_constant_over_validation_images_are_not_blown_up():
+    codec = train.Codec(train.Tokenizer("ae", [2] * 3, hidden=8, multipliers=[1], num_groups=2),
+                        (1, 1))
+    z = torch.tensor([[[[0.1]], [[0.5]], [[0.0]]]])
+    for std, expected in ([0.2, 0.0, 0.1], [0.5, 0.5 / 0.002, 0.0]), ([0.0] * 3, [0.1, 0.5, 0.0]):
+        latents = codec.normalised({"mean": [0.0] * 3, "std": std}).latents(z)
+        assert latents.flatten().tolist() == pytest.approx(expected)
+
+
+def test_a_stopped_run_keeps_no_statistics_of_older_weights(base, tmp_path, monkeypatch):
+    """It was validated after step 2 and stops after step 3."""
+    stop = train.schedule
+    monkeypatch.setattr(train, "schedule", lambda args, step: (
+        os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None, stop(args, step))[1])
+    flags = [*TOKENIZER, "--data", str(base / "data"), "--steps", "9", "--eval-every", "2", "--out",
+             str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    state = load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert state["step"] == 3 and "latents" not in state
+    monkeypatch.undo()
+    dit = run(tmp_path / "dit", tmp_path / "run", "--data", str(base / "data"), "--model", "dit",
+              "--steps", "1")
+    assert len(dit["tokenizer"]["latents"]["std"]) == 4  # measured
+
+
+def test_pictures_of_a_stopped_evaluation_do_not_mix_with_others(base, tmp_path, monkeypatch):
+    flags = [copied(base, "lg", tmp_path), "--metrics", "psnr", "--device", "cpu", "--num-samples",
+             "8", "--batch-size", "4", "--save-images", "--out", tmp_path / "out"]
+    evaluate.main([*map(str, flags), "--top-k", "1"])
+    folder, = (path for path in (tmp_path / "out").iterdir() if path.is_dir()
+               and any(path.glob("*.png")))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    put_pictures, calls = evaluate.Pictures.put, []
+
+    def put(self, places, pictures):
+        put_pictures(self, places, 255 - pictures)
+        calls.append(places)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(evaluate.Pictures, "put", put)
+    with pytest.raises(SystemExit):
+        evaluate.main([*map(str, flags), "--top-k", "2"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not any(name.startswith(".") for name in left), left
+
+
+def test_samples_are_compared_with_the_training_images_of_the_run(base, tmp_path):
+    """--data names other images for the loss. Where the run's are not here, it names these, too."""
+    for i in range(20):
+        put(tmp_path / "other" / ("cat", "dog", "eel")[i % 3] / f"{i}.png", i)
+    path = copied(base, "lg", tmp_path)
+    flags = ["--data", tmp_path / "other", "--inception", "random", "--metrics", "fid"]
+    found = report(tmp_path / "a", path, *flags)["results"]["reference"]
+    assert (found["name"], found["split"], found["images"]) == (str(base / "data"), "train", 27)
+    state = torch.load(path, weights_only=True)
+    state["args"]["data"] = str(tmp_path / "gone")
+    torch.save(state, path)
+    found = report(tmp_path / "b", path, *flags)["results"]["reference"]
+    assert (found["name"], found["split"], found["images"]) == (
+        str(tmp_path / "other"), "all", 20)
+
+
 def test_what_a_continued_run_stands_on_is_not_exchanged(base, tmp_path, capsys):
     argv = ["--resume", copied(base, "repa", tmp_path), "--steps", "2"]
     for flag, path in ("--tokenizer", "dit/ckpt.pt"), ("--repa-teacher", "tok/ckpt.pt"):

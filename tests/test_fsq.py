@@ -119,10 +119,10 @@ def test_computes_in_fp32_whatever_the_dtype(dtype, autocast):
     ([5, 1], 1.6, "half", "at least 2"),
     ([], 1.6, "half", "at least 2"),
     ([5.5], 1.6, "half", "at least 2"),
-    ([2**31], 1.6, "half", "below 2"),
-    ([10**18], 1.6, "half", "below 2"),
-    ([10**20, 5], 1.6, "half", "below 2"),
-    ([math.inf], 1.6, "half", "below 2"),
+    ([2**24 + 1], 1.6, "half", "at most 2"),
+    ([10**18], 1.6, "half", "at most 2"),
+    ([10**20, 5], 1.6, "half", "at most 2"),
+    ([math.inf], 1.6, "half", "at most 2"),
     ([5], 1.6, "open", "edges"),
     ([5], 0, "half", "alpha"),
     ([5], "gauss", "half", "alpha"),
@@ -145,7 +145,7 @@ def test_inputs_that_do_not_fit_are_refused(method, value, words):
         getattr(FSQ([5, 5]), method)(value)
 
 
-@pytest.mark.parametrize("levels", [[17] * 20, [2] * 63, [2**31 - 1] * 3, [2] * 200])
+@pytest.mark.parametrize("levels", [[17] * 20, [2] * 63, [2**24] * 3, [2] * 200])
 def test_too_many_codes_for_int64_can_be_quantized_but_not_counted(levels):
     fsq = FSQ(levels)
     z = torch.randn(7, len(levels), generator=torch.Generator().manual_seed(5))
@@ -231,3 +231,26 @@ def test_one_number_for_all_channels_is_the_same_as_one_each(level, alpha, edges
     assert torch.equal(z_q, expected_z_q) and torch.equal(digits, expected_digits)
     indices = FSQ([level] * 3, alpha, edges)(z)[1]
     assert torch.equal(indices, (expected_digits * torch.tensor([1, level, level**2])).sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    z = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    fsq = FSQ([1000, 8, 17, 6])
+    expected = fsq(z)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        z_q, indices = FSQ([1000, 8, 17, 6])(z)
+        codes = fsq.indices_to_codes(indices)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(z_q, expected[0]) and torch.equal(indices, expected[1])
+    assert codes.dtype == torch.float32 and torch.equal(codes, z_q)
+
+
+def test_the_most_levels_that_fp32_counts():
+    fsq = FSQ([2**24, 2**24 - 1])
+    z_q, indices = fsq(torch.tensor([[20.0, -20.0], [-20.0, 20.0]]))
+    assert fsq.indices_to_digits(indices).tolist() == [[2**24 - 1, 0], [0, 2**24 - 2]]
+    assert torch.equal(fsq.indices_to_codes(indices), z_q)

@@ -521,3 +521,10 @@ def test_digits_that_do_not_fit():
         group_vocab([17, 17, 17], 2)
     with pytest.raises(ValueError, match="digits"):
         join_index(torch.zeros(2, 3, dtype=torch.long), [5, 4])
+
+
+def test_a_tiny_temperature_takes_the_most_likely_token():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0)) * 30
+    for temperature in 0.0, 1e-45, 1e-39, 1e-5:
+        drawn = draw(logits, torch.rand(50), temperature)
+        assert torch.equal(drawn, logits.argmax(1)), temperature

@@ -10,7 +10,7 @@ from test_tokenizer import procedural
 import evaluate
 from evaluate import (Inception, Judge, Measure, class_sums, compare, find_judge, frechet_distance,
                       inception_score, kid, pca_floor, precision_recall, prepare, ssim)
-from tokenizer import psnr
+from tokenizer import Tokenizer, psnr
 from train import ALONE, UsageError
 
 # ---- The network ----
@@ -327,3 +327,22 @@ def test_class_share(monkeypatch):
     assert find_judge({**checkpoint, "classes": ["cat"]}, args, ALONE) is None
     assert find_judge({"classes": classes}, args, ALONE) is None
     assert find_judge({"teacher": {"kind": "dinov2"}, "classes": classes}, args, ALONE) is None
+
+
+def test_precision_and_recall_of_duplicates():
+    """Copies lie at distance 0 of each other, in balls of radius 0."""
+    x = torch.randn(10, 2048, generator=torch.Generator().manual_seed(0)).abs()
+    real, fake = x.repeat(5, 1), x.repeat(7, 1)[torch.randperm(70)]
+    assert evaluate.precision_recall(real, fake) == (1.0, 1.0)
+    assert evaluate.precision_recall(real, fake + 0.01) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("count, value", [(20, 0), (1, None)])
+def test_the_floor_of_images_without_variance(count, value):
+    """Of one colour, or of a single patch."""
+    noise = torch.randint(256, (3, 8, 8), generator=torch.Generator().manual_seed(0))
+    image = (noise if value is None else torch.full_like(noise, value)).byte()
+    model = Tokenizer(hidden=8, multipliers=[1, 1, 1, 1], num_groups=2)
+    floor = evaluate.pca_floor([(image, 0)] * count, model)
+    x = image[None].double() / 255
+    assert floor(x, x).item() > 60  # the mean is the image

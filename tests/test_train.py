@@ -128,9 +128,9 @@ def test_seeds_differ_by_step_and_rank_and_repeat():
 
 
 def test_log_means_cover_the_rows_between(tmp_path):
-    log = Log(tmp_path / "log.csv", 0, None, 0)
+    log = Log(tmp_path / "log.csv", 0, None, train.ALONE)
     log.add({"loss": torch.tensor(1.0)})
-    log = Log(tmp_path / "log.csv", 0, {"log": log.state()}, 0)  # as over a resume
+    log = Log(tmp_path / "log.csv", 0, {"log": log.state()}, train.ALONE)  # as over a resume
     log.add({"loss": torch.tensor(2.0)})
     assert log.means(2, 4)["loss"] == 1.5 and "loss" not in log.means(3, 4)
 
@@ -138,9 +138,9 @@ def test_log_means_cover_the_rows_between(tmp_path):
 def test_an_edited_log_is_kept_aside(tmp_path):
     (tmp_path / "ckpt.pt").touch()
     (tmp_path / "log.csv").write_text("step,loss\n1,0.5\n3,0.4\n")
-    assert len(Log(tmp_path / "log.csv", 2, {"log": {}}, 0).rows) == 1  # step 3 is run again
+    assert len(Log(tmp_path / "log.csv", 2, {"log": {}}, train.ALONE).rows) == 1  # step 3 is run again
     (tmp_path / "log.csv").write_text("step,loss\none,0.5\n")
-    log = Log(tmp_path / "log.csv", 2, {"log": {}}, 0)
+    log = Log(tmp_path / "log.csv", 2, {"log": {}}, train.ALONE)
     log.write({"step": 3, "loss": 1})
     assert rows(tmp_path) == [{"step": "3", "loss": "1"}]
     assert next(tmp_path.glob("log-*.csv")).read_text() == "step,loss\none,0.5\n"
@@ -149,7 +149,7 @@ def test_an_edited_log_is_kept_aside(tmp_path):
 def test_the_log_of_another_run_is_kept_aside(tmp_path):
     for saved in None, {"log": {}}:  # a new run, and one that began elsewhere
         (tmp_path / "log.csv").write_text("step,loss\n1,0.5\n")
-        assert not Log(tmp_path / "log.csv", 2, saved, 0).rows
+        assert not Log(tmp_path / "log.csv", 2, saved, train.ALONE).rows
     kept = [path.read_text() for path in tmp_path.glob("log-*.csv")]
     assert kept == ["step,loss\n1,0.5\n"] * 2
 
