@@ -140,7 +140,8 @@ def test_what_the_page_says_of_the_classifier():
 
 def test_what_the_page_says_of_drawings():
     reports, tokenizers = reports_of("shapes")
-    tokenizers = {name: report for name, report in tokenizers.items() if "adamw" not in name}
+    tokenizers = {name: report for name, report in tokenizers.items()
+                  if "adamw" not in name and "steps=" not in name}
     vq = {name: report for name, report in tokenizers.items() if "vq" in name}
     margins = [findings.above_floor(tokenizers[name]) for name in tokenizers.keys() - vq.keys()]
     assert 11 <= min(margins) and max(margins) <= 17
@@ -180,6 +181,20 @@ def test_what_the_page_says_of_both_models():
             early, late = (findings.METRICS[metric][0](
                 reports.report(run._replace(seed=seed), step)) for step in (800, 1600))
             assert sign * (late - early) > 0
+
+
+def test_what_the_page_says_of_the_slope():
+    chosen, fixed = "scale chosen by the encoder", "scale fixed to 1"
+    for name, product in ("cifar10", 0.86), ("shapes", 1.07):
+        values = findings.values_of(reports_of(name)[0], "alpha", findings.SCALE)[chosen]
+        assert findings.mean([*map(findings.mean, values.values())]) == pytest.approx(
+            product, abs=0.006)
+    reports = reports_of("shapes")[0]
+    psnr = findings.values_of(reports, "alpha", findings.PSNR)
+    for alpha, values in psnr[fixed].items():
+        assert (np.array(values) < psnr[chosen][alpha]).all()
+    ks = findings.values_of(reports, "alpha", findings.KS)[fixed]
+    assert (np.array(ks[1.6]) < ks[1.0]).all() and (np.array(ks[1.6]) < ks[2.0]).all()
 
 
 def test_what_the_page_says_of_tokenizers_with_adamw():
