@@ -2833,7 +2833,7 @@ def parse_args(argv=None):
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
-    given = parser.parse_args(argv)
+    given = parser.parse_args(argv)  # to learn which checkpoint is named, if one is
     out, path, stored = given.out or default_out(given), None, {}
     if given.resume:
         path = out / "ckpt.pt" if given.resume is True else Path(given.resume)
@@ -2846,12 +2846,13 @@ def parse_args(argv=None):
     elif given.tokenizer or given.init_from and given.model == "tokenizer":
         stored = flags_of_tokenizer(given.tokenizer or given.init_from, given)
     stored = as_argv(stored, vars(given))
-    decisive = parser.parse_args([*stored, *argv])
+    decisive = parser.parse_args([*stored, *argv])  # the model and size that choose the preset
     parser.set_defaults(**preset(decisive))
     if decisive.help:
         parser.print_help()
         sys.exit(0)
-    before, args = parser.parse_args(stored), parser.parse_args([*stored, *argv])
+    before = parser.parse_args(stored)  # what the run or the tokenizer was trained with
+    args = parser.parse_args([*stored, *argv])
     args.out = out
     # The run may be continued, or measured, from another folder.
     if args.data not in BUILT_IN:
