@@ -406,7 +406,8 @@ OF_CHANNELS, SCALE = "entropy of a channel / log2 L", "std of the latents times 
 KS = "KS distance to uniform"
 TO_REBUILT, TO_IMAGES = "KD to reconstructions", "KD to images"
 AE, EIGHT_OF_5 = tokenizer("--quantizer", "ae"), tokenizer("--levels", *[5] * 8)
-THREE, FIVE, NINE, SIXTY_FIVE = (tokenizer("--levels", *[n] * 4) for n in (3, 5, 9, 65))
+TWO, THREE, FIVE, NINE, THIRTY_THREE, SIXTY_FIVE = (
+    tokenizer("--levels", *[n] * 4) for n in (2, 3, 5, 9, 33, 65))
 CLAIMS = [
     Claim("bottlenecks", "close", PSNR, IFSQ, FSQ,
           "ifsq and fsq have the same PSNR.", within=0.2, headline=True),
@@ -560,17 +561,23 @@ CLAIMS = [
           "In pretrained features this is undecided.", data="shapes"),
     Claim("bottlenecks", "higher", PSNR, tokenizer(*EQUAL), IFSQ,
           "Bins of equal width have a slightly higher PSNR than the usual ones.", data="shapes"),
-    Claim("bits", "higher", PSNR, FIVE, THREE, "5 levels a channel have a higher PSNR than 3.",
+    Claim("bits", "higher", PSNR, THREE, TWO, "3 levels a channel have a higher PSNR than 2.",
+          data="shapes"),
+    Claim("bits", "higher", PSNR, FIVE, THREE, "5 levels have a higher PSNR than 3.",
           data="shapes"),
     Claim("bits", "higher", PSNR, NINE, FIVE, "9 levels have a higher PSNR than 5.",
           data="shapes"),
     Claim("bits", "higher", PSNR, IFSQ, NINE, "17 levels have a higher PSNR than 9.",
           data="shapes"),
     Claim("bits", "lower", RFD, IFSQ, NINE, "They are nearer to the images, too.", data="shapes"),
-    Claim("bits", "higher", PSNR, SIXTY_FIVE, IFSQ, "65 levels have a higher PSNR than 17.",
+    Claim("bits", "higher", PSNR, THIRTY_THREE, IFSQ, "33 levels have a higher PSNR than 17.",
           data="shapes"),
-    Claim("bits", "lower", RFD, SIXTY_FIVE, IFSQ, "They are nearer to the images.",
+    Claim("bits", "lower", RFD, THIRTY_THREE, IFSQ, "They are nearer to the images.",
           data="shapes"),
+    Claim("bits", "higher", PSNR, SIXTY_FIVE, THIRTY_THREE,
+          "65 levels have a higher PSNR than 33.", data="shapes"),
+    Claim("bits", "undecided", RFD, SIXTY_FIVE, THIRTY_THREE,
+          "Whether they are nearer to the images is undecided.", data="shapes"),
     Claim("bits", "undecided", PSNR, SIXTY_FIVE, AE,
           "Whether they fall behind an autoencoder's four channels is undecided.", data="shapes"),
     Claim("bits", "lower", PSNR, EIGHT_OF_5, IFSQ,
