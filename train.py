@@ -950,10 +950,8 @@ class Codec(NamedTuple):
         device = next(self.tokenizer.parameters()).device
         mean, std = (torch.tensor(latents[name], dtype=torch.float32, device=device)
                      for name in ("mean", "std"))
-        # What is constant over these few images may vary in others: it must not be blown up.
-        least = 0.01 * std.max().item() or 1.0
         return self._replace(mean=mean.view(1, -1, 1, 1),
-                             std=std.clamp(min=least).view(1, -1, 1, 1))
+                             std=std.clamp(min=1e-6).view(1, -1, 1, 1))
 
     def plain(self, tokens):
         """tokens -> z (B,d,h,w) as the decoder takes it."""
@@ -1288,8 +1286,11 @@ class GeneratorTraining:
                 processes.say(f"the classes of {args.init_from} are others, or in another order: "
                               "class i begins as its class i")
         # A model that was trained before keeps the scale of its latents.
-        latents = (init.get("latents") or init.get("tokenizer", {}).get("latents")
-                   or tokenizer.get("latents") or self.measure_latents())
+        latents = init.get("latents") or init.get("tokenizer", {}).get("latents")
+        if saved:
+            latents = tokenizer["latents"]
+        elif not latents:
+            latents = with_least_std(tokenizer.get("latents") or self.measure_latents())
         # The checkpoint's own tensors are let go: each would keep the whole file mapped.
         tokenizer.update(latents=latents, ema=self.codec.tokenizer.state_dict())
         self.codec = self.codec.normalised(latents)
@@ -1431,6 +1432,13 @@ class GeneratorTraining:
             ema = MODELS[self.args.model](**self.header["network"])
         ema.load_state_dict(weights, assign=True)
         return ema.to(self.processes.device)
+
+
+def with_least_std(latents):
+    """Statistics in which no channel's deviation is below 1% of the largest one: a channel that is
+    constant over the validation images may vary in others, and must not be blown up."""
+    least = 0.01 * max(latents["std"]) or 1.0
+    return {**latents, "std": [max(std, least) for std in latents["std"]]}
 
 
 @torch.no_grad()
@@ -2227,7 +2235,8 @@ def stored_args(args, path):
         parsed = plain_args(parser.parse_args(as_argv(args, vars(known))))
     except UsageError as error:
         raise not_whole(path, error)
-    return {**args, **{name: parsed[name] for name in args if name in parsed and args[name]}}
+    return {name: parsed[name] if name in parsed and value is not None and value is not False
+            else value for name, value in args.items()}
 
 
 def upgraded(state):
@@ -2426,8 +2435,10 @@ def build_network(checkpoint, weights="ema", what="the checkpoint", device="cpu"
     with building(what):
         network = MODELS[checkpoint["kind"]](**checkpoint["network"])
     load_weights(network, checkpoint, weights, what)
-    network = network.to(device, memory_format=torch.channels_last)
-    return network.eval().requires_grad_(False)
+    network = network.to(device).eval().requires_grad_(False)
+    if checkpoint["kind"] in ("tokenizer", "classifier"):  # networks of convolutions
+        network = network.to(memory_format=torch.channels_last)
+    return network
 
 
 def load_weights(module, checkpoint, name, what="the checkpoint"):
@@ -2529,7 +2540,8 @@ class Log:
     def __init__(self, path, start, saved, processes, mend="a lower --lr"):
         self.path, self.processes, self.mend = path, processes, mend
         self.rows, self.columns = [], []
-        self.sums = dict(saved["log"] if saved else {})
+        self.sums = {name: (float(total), int(count))
+                     for name, (total, count) in (saved["log"] if saved else {}).items()}
         self.restart_clock(start)
         if processes.rank == 0 and path.exists():
             if saved and path.with_name("ckpt.pt").exists():

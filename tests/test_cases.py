@@ -522,6 +522,7 @@ DAMAGES = [  # (run, chain of keys, value, what must be in the line)
     ("tok", ["step"], -1, "step -1"),
     ("tok", ["latents", "mean"], [float("nan")] * 4, "statistics of its latents"),
     ("tok", ["log"], None, "log"),
+    ("tok", ["log"], {"loss": (1.0, "a")}, "log"),
     ("tok", ["optimizer", "state", 0], None, "does not fit this run"),
     ("tok", ["optimizer", "state", 0], {"momentum": 3}, "does not fit this run"),
     ("tok", ["optimizer", "param_groups"], "delete", "does not fit this run"),
@@ -784,13 +785,24 @@ def test_a_continued_run_takes_another_weight_decay(base, tmp_path, optimizer):
     assert weights[1].norm() < weights[0].norm()
 
 
-def test_channels_that_are_constant_over_validation_images_are_not_blown_up():
-    codec = train.Codec(train.Tokenizer("ae", [2] * 3, hidden=8, multipliers=[1], num_groups=2),
-                        (1, 1))
-    z = torch.tensor([[[[0.1]], [[0.5]], [[0.0]]]])
-    for std, expected in ([0.2, 0.0, 0.1], [0.5, 0.5 / 0.002, 0.0]), ([0.0] * 3, [0.1, 0.5, 0.0]):
-        latents = codec.normalised({"mean": [0.0] * 3, "std": std}).latents(z)
-        assert latents.flatten().tolist() == pytest.approx(expected)
+def test_channels_that_are_constant_over_validation_images_are_not_blown_up(base, tmp_path):
+    """And a model that was trained with other statistics keeps them."""
+    for std, expected in ([0.2, 0.0, 0.1], [0.2, 0.002, 0.1]), ([0.0] * 3, [1.0] * 3):
+        assert train.with_least_std({"mean": 0, "std": std}) == {
+            "mean": 0, "std": pytest.approx(expected)}
+    state = torch.load(base / "tok" / "ckpt.pt", weights_only=True)
+    state["latents"].update(std=[0.5, 0.0, 0.5, 0.0])
+    (tmp_path / "tok").mkdir()
+    torch.save(state, tmp_path / "tok" / "ckpt.pt")
+    data = ["--data", str(base / "data")]
+    dit = run(tmp_path / "a", tmp_path / "tok", *data, "--model", "dit", "--steps", "1")
+    assert dit["tokenizer"]["latents"]["std"] == pytest.approx([0.5, 0.005, 0.5, 0.005])
+    state = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)
+    state["tokenizer"]["latents"].update(std=[0.5, 0.001, 0.5, 0.001])
+    torch.save(state, tmp_path / "a" / "ckpt.pt")
+    train.main(["--resume", str(tmp_path / "a" / "ckpt.pt"), "--steps", "2"])
+    dit = load_checkpoint(tmp_path / "a" / "ckpt.pt")
+    assert dit["tokenizer"]["latents"]["std"] == [0.5, 0.001, 0.5, 0.001]
 
 
 def test_a_stopped_run_keeps_no_statistics_of_older_weights(base, tmp_path, monkeypatch):
