@@ -37,7 +37,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-SIZES = {  # name: (depth, width, heads); nano is ours, for a laptop, the others are DiT's
+# name: (depth, width, heads). nano is ours, for a laptop; S to XL are DiT's, and the last two
+# the public code's.
+SIZES = {
     "nano": (12, 96, 4),
     "S": (12, 384, 6),
     "B": (12, 768, 12),

@@ -97,7 +97,7 @@ def bound_original(z, levels, alpha=2.0):
     only with alpha=2.0). This is how most projects copied it, the public iFSQ code among them: with
     (1 + 0.001) and atanh, where Mentzer et al. have (1 - 0.001) and tan.
     """
-    half_l = (levels - 1) * 1.001 / 2
+    half_l = (levels - 1).float() * 1.001 / 2
     h, shift, _ = grid(levels, "original")
     return bound(z.float() + torch.atanh(shift / half_l), alpha) * (half_l / h)
 

@@ -1287,10 +1287,9 @@ class GeneratorTraining:
                               "class i begins as its class i")
         # A model that was trained before keeps the scale of its latents.
         latents = init.get("latents") or init.get("tokenizer", {}).get("latents")
-        if saved:
-            latents = tokenizer["latents"]
-        elif not latents:
-            latents = with_least_std(tokenizer.get("latents") or self.measure_latents())
+        if not latents:
+            latents = tokenizer.get("latents") or self.measure_latents()
+            latents = latents if saved else with_least_std(latents)
         # The checkpoint's own tensors are let go: each would keep the whole file mapped.
         tokenizer.update(latents=latents, ema=self.codec.tokenizer.state_dict())
         self.codec = self.codec.normalised(latents)
@@ -2470,7 +2469,7 @@ def whole_tensors(state, rank):
         return {name: whole_tensors(value, rank) for name, value in state.items()}
     if not hasattr(state, "full_tensor"):
         return state
-    state = undivided(state)
+    state = state.full_tensor()
     return state.cpu() if rank == 0 else None
 
 
@@ -2600,7 +2599,8 @@ class Log:
             self.sums[name] = (total + undivided(value).detach().float(), count + 1)
 
     def state(self):
-        """{name: (sum, count)} of means over the processes. All call it together."""
+        """{name: (sum, count)} since the last row, the sum as a mean over the processes, which all
+        call it together."""
         totals = torch.tensor([float(total) for total, _ in self.sums.values()],
                               dtype=torch.float64)
         totals = (self.processes.sum(totals) / self.processes.world).tolist()

@@ -5,11 +5,11 @@
     python tests/findings.py alpha --data shapes               # without a download
 
 Questions: bottlenecks bits alpha edges models repa repa-layer repa-weight optimizer
-tokenizer-optimizer. All run at 16 px, 4x down (16 tokens an image), with models of size nano and three seeds. A run that has a
-report in assets/findings is not repeated, an interrupted one goes on from its last checkpoint, and
-several of these commands may work at the same time. Every step is a command of train.py or
-evaluate.py, and its flags are in the report. Reports lie in a folder named after the data's
-content.
+tokenizer-optimizer. All run at 16 px, 4x down (16 tokens an image), with models of size nano and
+three seeds. A run that has a report in assets/findings is not repeated, an interrupted one goes on
+from its last checkpoint, and several of these commands may work at the same time. Every step is a
+command of train.py or evaluate.py, and its flags are in the report. Reports lie in a folder named
+after the data's content.
 
 A claim (see CLAIMS) is a difference between two kinds of runs, paired by seed, with its 95%
 interval by Student's t. It is decided if the interval leaves out 0, or lies within a bound for what

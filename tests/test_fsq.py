@@ -233,15 +233,16 @@ def test_one_number_for_all_channels_is_the_same_as_one_each(level, alpha, edges
     assert torch.equal(indices, (expected_digits * torch.tensor([1, level, level**2])).sum(-1))
 
 
+@pytest.mark.parametrize("edges", EDGES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_default_dtype_changes_nothing(dtype):
+def test_the_default_dtype_changes_nothing(dtype, edges):
     z = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
-    fsq = FSQ([1000, 8, 17, 6])
+    fsq = FSQ([1000, 8, 17, 6], 2.0, edges)
     expected = fsq(z)
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        z_q, indices = FSQ([1000, 8, 17, 6])(z)
+        z_q, indices = FSQ([1000, 8, 17, 6], 2.0, edges)(z)
         codes = fsq.indices_to_codes(indices)
     finally:
         torch.set_default_dtype(before)

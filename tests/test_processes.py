@@ -181,7 +181,7 @@ def test_the_step_is_the_same(outs, name, other):
     """2 x batch 2 = 1 x batch 4 (with a projector; with micro-batches), sharded = replicated."""
     out, other_out, one, two = both(outs, name, other)
     assert_same_gradient(one, two)
-    for column in "grad_norm", "loss":  # of the tokenizer and LlamaGen: DiT's noise is each rank's
+    for column in "grad_norm", "loss":
         values = [float(rows(folder)[0][column]) for folder in (out, other_out)]
         assert values[1] == pytest.approx(values[0], rel=1e-3)
     for part in ("model", "ema"):

@@ -138,7 +138,8 @@ def test_log_means_cover_the_rows_between(tmp_path):
 def test_an_edited_log_is_kept_aside(tmp_path):
     (tmp_path / "ckpt.pt").touch()
     (tmp_path / "log.csv").write_text("step,loss\n1,0.5\n3,0.4\n")
-    assert len(Log(tmp_path / "log.csv", 2, {"log": {}}, train.ALONE).rows) == 1  # step 3 is run again
+    log = Log(tmp_path / "log.csv", 2, {"log": {}}, train.ALONE)
+    assert len(log.rows) == 1  # step 3 is run again
     (tmp_path / "log.csv").write_text("step,loss\none,0.5\n")
     log = Log(tmp_path / "log.csv", 2, {"log": {}}, train.ALONE)
     log.write({"step": 3, "loss": 1})
