@@ -512,7 +512,7 @@ def released_arguments(weights, heads=None, rope=None):
     elif qk_norm:
         heads = hidden_size // len(weights["blocks.0.attn.q_norm.weight"])
     else:
-        known = {size[:2]: size[2] for size in SIZES.values()}
+        known = {size[:2]: size[2] for name, size in SIZES.items() if name != "nano"}
         heads = heads or known.get((depth, hidden_size))
     if heads is None:
         raise ValueError(f"no known DiT has {depth} layers of width {hidden_size}: give its number "

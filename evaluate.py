@@ -59,7 +59,7 @@ from train import (BUILT_IN, COUNT, LEVEL, PIXELS, SCALE, TASKS, WEIGHT, WHOLE, 
                    UsageError, batch_of, build_network, building, cached_tokens, check_compiler,
                    compile_networks, counted, downsampling, draw_reconstructions, find_images,
                    fingerprint, guarded, load_checkpoint, load_codec, load_teacher, load_weights,
-                   measure_tokenizer, number, number_of_codes, open_image, open_images, plain_args,
+                   measure_tokenizer, misfit, number, open_image, open_images, plain_args,
                    read_file, read_teacher, readable, replacing, sample_pictures, sampling_settings,
                    say_once, seed_of, slope, spread, start_processes, to_float, validate_generator)
 
@@ -281,12 +281,13 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
         about = {"name": f"samples of {path}", "crop": f"{size[0]} x {size[1]}"}
         results.update(compare(reference, measure.finish(processes, **about), args, wanted(args),
                                processes, "g"))
-    seen = checkpoint["step"] * (trained.get("batch_size") or 0)
+    batch_size = trained.get("batch_size")  # a public file may not tell it
+    seen = batch_size and checkpoint["step"] * batch_size
     rate = len(labels) / seconds
     results.update(samples=len(labels), images_per_s=rate,
                    tokens_per_s=rate * math.prod(codec.grid), train_images=seen,
                    parameters=sum(p.numel() for p in model.parameters()),
-                   train_flops=seen * model.flops_per_image())
+                   train_flops=seen and seen * model.flops_per_image())
     return describe(path, checkpoint, args, results, sampling=settings,
                     labels="chosen" if args.classes else args.labels, seed=args.seed,
                     image_size=size, validation=about_validation)
@@ -335,6 +336,8 @@ def choose_settings(args, checkpoint, kinds, processes):
                     raise UsageError(f"--cfg-interval of llamagen is a whole token, not {interval}")
                 given["cfg_interval"] = int(interval[0])
     settings.update({name: value for name, value in given.items() if name in settings})
+    if checkpoint.get("public"):
+        settings["cfg_scale"] = max(1.0, settings["cfg_scale"])  # the public code guides above 1
     if checkpoint["args"].get("class_dropout") == 0 and settings["cfg_scale"] != 1:
         if "cfg_scale" in given:
             raise UsageError("--cfg-scale: this generator was trained with --class-dropout 0 and "
@@ -488,8 +491,13 @@ def find_judge(checkpoint, args, processes):
     if args.judge and teacher["kind"] != "classifier":
         raise UsageError(f"--judge {args.judge} holds no classifier: name the teacher/ckpt.pt "
                          "of an aligned run")
-    known = set(teacher.get("classes", ()))
-    if teacher.get("kind") != "classifier" or not known.issuperset(checkpoint["classes"]):
+    known, classes = teacher.get("classes", []), checkpoint["classes"]
+    if checkpoint.get("public") and len(known) == len(classes):  # these are numbers
+        teacher = {**teacher, "classes": classes}
+    elif not set(known).issuperset(classes):
+        if args.judge:
+            processes.say(f"class share n/a: --judge {args.judge} does not know the class "
+                          f"{min(set(classes) - set(known))}")
         return None
     return Judge(teacher, processes)
 
@@ -1259,7 +1267,7 @@ def table_row(name, report):
     share = results.get("class_share", {})
     row.update({"model": f"{report['kind']} {report['training'].get('size', '')}",
                 "params": f"{results['parameters'] / 1e6:.1f}M",
-                "train flops": f"{results['train_flops']:.2e}",
+                "train flops": form(results["train_flops"], ".2e"),
                 "bits/token": form(results.get("val_bits_per_token"), ".3f"),
                 "flow loss": form(results.get("val_loss"), ".4f"),
                 "samples": str(results["samples"]),
@@ -1462,22 +1470,17 @@ def with_tokenizer(path, checkpoint, tokenizer):
     network, coder = checkpoint["network"], tokenizer["network"]
     f, args = downsampling(coder), checkpoint["args"]
     size = args["image_size"]
+    reason = misfit(checkpoint["kind"], network, coder, checkpoint.get("quantizers"))
+    if reason:
+        raise UsageError(f"{path} {reason}: name another --tokenizer")
     if checkpoint["kind"] == "llamagen":
         size = size or unstated_size(path)
         network = {**network, "grid": [side // f for side in size]}
-        vocabulary = math.prod(network["vocab_sizes"])
-        known = 0 if coder["quantizer"] in ("vae", "ae") else number_of_codes(coder)
-        if vocabulary != known:
-            raise UsageError(f"{path} knows {vocabulary} codes, its tokenizer {known}: name "
-                             "another --tokenizer")
-        if args["downsample"] not in (None, f):
+        if args.get("downsample") not in (None, f):
             raise UsageError(f"{path} was trained on latents {args['downsample']}x down, its "
                              f"tokenizer gives {f}x: name another --tokenizer")
     else:
         tokenizer = {**tokenizer, "latents": checkpoint["latents"]}
-        if network["in_channels"] != len(coder["levels"]):
-            raise UsageError(f"{path} has {network['in_channels']} channels, its tokenizer "
-                             f"{len(coder['levels'])}: name another --tokenizer")
         stated, size = size, [side * f for side in network["input_size"]]
         if stated and stated != size:
             raise UsageError(f"{path} is for images of {stated} px, and makes {size} with this "

@@ -495,7 +495,7 @@ def released_arguments(weights, heads=None):
     layers = {key.split(".")[1] for key in weights if key.startswith("layers.")}
     head_layers = {key.split(".")[1] for key in weights if key.startswith("factorized_blocks.")}
     depth, dim = len(layers), len(weights["norm.weight"])
-    known = {size[:2]: size[2] for size in SIZES.values()}
+    known = {size[:2]: size[2] for name, size in SIZES.items() if name != "nano"}
     heads = heads or known.get((depth, dim))
     if heads is None:
         raise ValueError(f"no known LlamaGen has {depth} layers of width {dim}: give its number of "

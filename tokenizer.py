@@ -558,6 +558,8 @@ OTHER_MODELS = {  # a part of a name that tells what a file is, if it is not an 
     "encoder.conv_blocks.": "LlamaGen's VQ-16",
     "encoder.down_blocks.": "SD-VAE in the names of diffusers",
     "coder.mid.attn_1.": "SD-VAE or one like it",
+    "coder.norm_out.norm.": "a tokenizer with layer norms (norm_type of its config.json)",
+    "quantize.project_in.": "a tokenizer whose embed_dim is not its number of levels",
 }
 
 
@@ -575,7 +577,8 @@ def released_arguments(weights, config=None, levels=None, alpha=None):
     shapes = {name: tuple(value.shape) for name, value in released_weights(weights).items()}
     for part, model in OTHER_MODELS.items():
         if any(part in name for name in shapes):
-            raise ValueError(f"this is {model}, not a tokenizer of the public iFSQ code")
+            raise ValueError(f"this is {model}, not one of the paper's tokenizers, which alone "
+                             "can be read")
     resolutions = {name.split(".")[2] for name in shapes if name.startswith("encoder.down.")}
     blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")}
     try:
@@ -620,7 +623,8 @@ def released_quantizer(weights, config, levels, alpha):
     if levels is None and stored is not None:
         levels = [round(level) for level in stored.tolist()]  # averaged, so they are floats
         if levels != config.get("levels", levels):
-            raise ValueError(f"the weights have levels {levels}, config.json {config['levels']}")
+            raise ValueError(f"the weights have levels {levels}, config.json {config['levels']}: "
+                             "mend config.json, or give --levels")
     if levels is None:
         levels = config.get("levels")
     # Where it is not said, the public code takes the FSQ of Mentzer et al., which has no slope.
@@ -630,13 +634,16 @@ def released_quantizer(weights, config, levels, alpha):
         edges = "original"
         alpha = alpha or 2.0
     if alpha is None and "act_fun" in config:
-        match = re.fullmatch(r"scale_sigmoid_(\d+)", str(config["act_fun"]))
+        name = str(config["act_fun"]).replace("tanh", "scale_sigmoid_20")
+        match = re.fullmatch(r"scale_sigmoid_(\d\d)", name)
         if not match:
-            raise ValueError(f"act_fun {config['act_fun']!r} of config.json is not supported")
+            raise ValueError(f"act_fun {config['act_fun']!r} of config.json is not supported: if "
+                             "it is a sigmoid, give its slope with --alpha")
         alpha = int(match[1]) / 10
     for value, what, flag in ((levels, "levels", "--levels"), (alpha, "slope", "--alpha")):
         if value is None:
             raise ValueError(f"the {what} of the quantizer cannot be read from the weights: "
                              f"put the run's config.json beside the file or give {flag}")
     quantizer = "fsq" if alpha == 2.0 else "ifsq"
-    return {"quantizer": quantizer, "levels": list(levels), "alpha": alpha, "edges": edges}
+    return {"quantizer": quantizer, "levels": list(map(int, levels)), "alpha": alpha,
+            "edges": edges}

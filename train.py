@@ -42,6 +42,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -1266,6 +1267,9 @@ class GeneratorTraining:
         self.args, self.processes, self.task = args, processes, TASKS[args.model]
         self.codec = load_codec(tokenizer, args.image_size, processes.device)
         images, val_images = splits
+        init = {}
+        if args.init_from and not saved:
+            init = self.load_init(tokenizer["network"], images.classes)
         self.teacher, teacher_state = None, None
         if args.repa_layer:
             teacher_state = saved["teacher"] if saved else find_teacher(args, processes, images,
@@ -1278,13 +1282,6 @@ class GeneratorTraining:
         self.val_tokens = cached_tokens(args, processes, tokenizer, self.codec, val_images, "val",
                                         1)
 
-        init = {}
-        if args.init_from and not saved:
-            init = load_checkpoint(args.init_from, args.model, heads=args.heads,
-                                   latent_scale=args.latent_scale, image_size=args.image_size)
-            if init["classes"] != images.classes and not init.get("public"):
-                processes.say(f"the classes of {args.init_from} are others, or in another order: "
-                              "class i begins as its class i")
         # A model that was trained before keeps the scale of its latents.
         latents = init.get("latents") or init.get("tokenizer", {}).get("latents")
         if not latents:
@@ -1299,6 +1296,7 @@ class GeneratorTraining:
         self.header = {"kind": args.model, "network": network, "classes": images.classes,
                        "fingerprint": fingerprint(images),
                        "tokenizer": {name: tokenizer[name] for name in KEPT if name in tokenizer}}
+        self.header["sampling"] = (saved or init).get("sampling", {})
         if teacher_state:
             if "ema" in teacher_state:  # let go, too
                 teacher_state["ema"] = self.teacher.state_dict()
@@ -1307,6 +1305,28 @@ class GeneratorTraining:
         processes.say(f"{args.model} {args.size}: {h} x {w} tokens of "
                       f"{self.codec.tokenizer.quantizer}, {len(images.classes)} classes, "
                       f"{count_parameters(self.model)}; {processes.describe()}")
+
+    def load_init(self, codes, classes):
+        """The checkpoint of --init-from, if it fits a tokenizer of the arguments `codes`."""
+        args, path = self.args, self.args.init_from
+        init = load_checkpoint(path, args.model, heads=args.heads, latent_scale=args.latent_scale,
+                               image_size=args.image_size)
+        network = init["network"]
+        reason = misfit(args.model, network, codes, init.get("quantizers"))
+        if reason:
+            raise UsageError(f"{path} {reason}: name another --tokenizer")
+        if args.model == "dit" and tuple(network["input_size"]) != self.codec.grid:
+            raise UsageError(f"{path} is for latents of {network['input_size']}, and --image-size "
+                             f"gives {self.codec.grid}: change --image-size or the --tokenizer")
+        if len(init["classes"]) != len(classes):
+            self.processes.say(f"{path} knows {len(init['classes'])} classes, not {len(classes)}: "
+                               "their embeddings begin anew")
+            init["ema"] = {name: value for name, value in init["ema"].items()
+                           if not name.endswith("embedding_table.weight")}
+        elif init["classes"] != classes and not init.get("public"):
+            self.processes.say(f"the classes of {path} are others, or in another order: class i "
+                               "begins as its class i")
+        return init
 
     def build(self, saved, init, num_classes):
         """Make the model, its average, the projector of REPA, and the optimizer of it all.
@@ -1330,6 +1350,9 @@ class GeneratorTraining:
             if not saved:
                 self.fill(whole, network)
         if init:
+            for name, value in self.model.state_dict().items():
+                if name.endswith("embedding_table.weight"):  # absent if the classes are others
+                    init["ema"].setdefault(name, undivided(value))
             load_weights(self.model, init, "ema", args.init_from)
             load_weights(self.ema, init, "ema", args.init_from)
         self.modules = {"model": self.model, "ema": self.ema}
@@ -1366,11 +1389,7 @@ class GeneratorTraining:
             return network
         own = ("input_size", "in_channels", "num_classes")
         sizes = {name: value for name, value in init["network"].items() if name not in own}
-        codes, layer = math.prod(self.codec.tokenizer.levels), self.args.repa_layer
-        if "vocab_sizes" in sizes and math.prod(sizes["vocab_sizes"]) != codes:
-            raise UsageError(f"{self.args.init_from} knows {math.prod(sizes['vocab_sizes'])} codes,"
-                             f" its tokenizer {codes}: name another --tokenizer")
-        layers = sizes.get("depth", sizes.get("n_layer"))
+        layer, layers = self.args.repa_layer, sizes.get("depth", sizes.get("n_layer"))
         if layer and layer > layers:
             raise UsageError(f"--repa-layer {layer}: {self.args.init_from} has {layers} layers")
         return {**network, **sizes}
@@ -1408,6 +1427,7 @@ class GeneratorTraining:
         ema = self.whole_ema()
         if self.processes.rank == 0:
             settings, columns = sampling_settings(self.args.model, self.args.size), 6
+            settings |= self.header["sampling"]
             if "sample_steps" in settings:  # a DiT's pictures cost more: fewer, in fewer steps
                 settings["sample_steps"], columns = 25, 4
             if self.args.class_dropout == 0:
@@ -2165,6 +2185,8 @@ def check_entries(state, path):
         if not isinstance(state.get(name), wanted) or isinstance(state[name], bool):
             raise not_whole(path, f"its {name} is a {type(state.get(name)).__name__}, not a "
                             f"{wanted.__name__}")
+    if not isinstance(state.get("sampling", {}), dict):
+        raise not_whole(path, "its settings of sampling are no dictionary")
     if state["step"] < 0:
         raise not_whole(path, f"step {state['step']}")
     names = state["classes"]
@@ -2206,14 +2228,34 @@ def check_tokens(state, path):
     """A generator is for the tokens that its tokenizer makes."""
     network, codes = state["network"], state["tokenizer"]["network"]
     grid = [side // downsampling(codes) for side in state["args"]["image_size"]]
-    if state["kind"] == "llamagen":
-        fits = (list(network["grid"]) == grid
-                and math.prod(network["vocab_sizes"]) == number_of_codes(codes))
-    else:
-        fits = (list(network["input_size"]) == grid and "latents" in state["tokenizer"]
-                and network["in_channels"] == len(codes["levels"]))
-    if not fits:
+    fits = list(network["grid" if state["kind"] == "llamagen" else "input_size"]) == grid
+    if state["kind"] == "dit":
+        fits = fits and "latents" in state["tokenizer"]
+    if not fits or misfit(state["kind"], network, codes):
         raise not_whole(path, f"its {state['kind']} is for other tokens than its tokenizer makes")
+
+
+def misfit(kind, network, codes, quantizers=None):
+    """Why a generator cannot stand on a tokenizer, in words, or None if it can.
+
+    network, codes: the constructor arguments of the two. quantizers: those that the tokenizer may
+    have, if the generator's file says so.
+    """
+    levels, quantizer = codes["levels"], codes["quantizer"]
+    if quantizer not in (quantizers or [quantizer]):
+        return f"was trained on {' or '.join(quantizers)}, its tokenizer is {quantizer}"
+    if kind == "dit":
+        if network["in_channels"] != len(levels):
+            return f"has {network['in_channels']} channels, its tokenizer {len(levels)}"
+        return None
+    known = 0 if quantizer in ("vae", "ae") else number_of_codes(codes)
+    digits = network["vocab_sizes"]
+    if math.prod(digits) != known:
+        return f"knows {math.prod(digits)} codes, its tokenizer {known}"
+    # A digit is the product of some levels that follow each other.
+    starts = itertools.accumulate(levels, operator.mul)
+    if len(digits) > 1 and not set(itertools.accumulate(digits, operator.mul)) <= set(starts):
+        return f"knows groups of {digits} codes, its tokenizer levels {levels}"
 
 
 def downsampling(network):
@@ -2289,7 +2331,11 @@ def released(state, path, quiet, overrides):
     args.update(entries.pop("args"))
     classes = range(entries["network"].get("num_classes", 0))
     last = {name: model.get(name, value) for name, value in weights.items()}
-    return {"format": 2, "public": True, "kind": kind, "step": 0, "args": args,
+    if kind == "llamagen" and args["image_size"] and args.get("downsample"):
+        entries["network"]["grid"] = [side // args["downsample"] for side in args["image_size"]]
+    step = state.get("current_step") or re.search(r"\d*$", path.stem)[0] or 0
+    args["batch_size"] = config.get("train", {}).get("global_batch_size")
+    return {"format": 2, "public": True, "kind": kind, "step": int(step), "args": args,
             "classes": [str(i) for i in classes] or ["all"], "ema": weights, "model": last,
             **entries}
 
@@ -2349,9 +2395,15 @@ def public_tokenizer(path, weights, config, overrides):
 def public_llamagen(path, weights, config, overrides):
     """As `public_tokenizer`."""
     network = llamagen.released_arguments(weights, overrides.get("heads"))
-    flags = {"downsample": config.get("fsq", {}).get("downsample_ratio")}
-    weights = llamagen.released_weights(weights)
-    return weights, {"network": network, "args": flags}, [in_words(network), *unused(config)]
+    if config.get("vqvae"):
+        raise UsageError(f"{path} predicts tokens of VQ-16, for which there is no tokenizer here")
+    entries = {"network": network, "args": {}}
+    for section, quantizers in {"fsq": ["ifsq", "fsq"], "cusvq": ["vq"]}.items():
+        if config.get(section):
+            entries["quantizers"] = quantizers
+            entries["args"]["downsample"] = config[section].get("downsample_ratio")
+    about = [in_words(network), *unused(config)]
+    return llamagen.released_weights(weights), entries, about
 
 
 def public_dit(path, weights, config, overrides):
@@ -2365,6 +2417,8 @@ def public_dit(path, weights, config, overrides):
         about.append("no table of RoPE, which is computed anew")
         model = dit.DiT(**network)
     scale = overrides.get("latent_scale") or config.get("data", {}).get("latent_multiplier")
+    if scale and not scale > 0:
+        raise UsageError(f"{path} has latents times {scale}: give their scale with --latent-scale")
     if not scale:
         scale = 0.18215
         about.append("no latent scale, 0.18215 as in the public code (--latent-scale)")
@@ -2372,6 +2426,9 @@ def public_dit(path, weights, config, overrides):
     latents = {"mean": [0.0] * d, "std": [1 / scale] * d}
     entries = {"network": network, "args": {}, "latents": latents,
                "sampling": {"guide_channels": 3}}
+    if config.get("vae"):
+        fsq = config["vae"].get("vae_type", "fsq") == "fsq"
+        entries["quantizers"] = ["ifsq", "fsq"] if fsq else ["vae"]
     return dit.released_weights(weights, model), entries, about
 
 
@@ -2393,8 +2450,8 @@ def refuse_other_latents(path, config, network):
                          "facebookresearch/DiT does: only DiTs of velocity on iFSQ's latents fit")
     if vae not in ("fsq", "vae", "cus_ae"):  # the last is the public code's name of its own VAE
         raise UsageError(f"{path} draws latents of {vae}, for which there is no tokenizer here")
-    if (transport.get("prediction", "velocity"), transport.get("path_type", "Linear")) != (
-            "velocity", "Linear"):
+    other = transport.get("prediction") in ("noise", "score")  # all else is velocity there
+    if other or transport.get("path_type", "Linear") != "Linear":
         raise UsageError(f"{path} predicts {transport.get('prediction')} on the path "
                          f"{transport.get('path_type')}: only velocity on the linear path fits")
     if config.get("data", {}).get("latent_norm"):
@@ -3009,6 +3066,9 @@ def check_generator_args(args):
     if args.repa_layer is not None and not 1 <= args.repa_layer <= depth:
         raise UsageError(f"--repa-layer {args.repa_layer}: --model {args.model} --size {args.size} "
                          f"has {depth} layers, choose from 1 to {depth}")
+    if args.init_from and not (args.tokenizer or args.resume):
+        raise UsageError(f"--init-from {args.init_from} knows the tokens of its own tokenizer: "
+                         "name that with --tokenizer")
     if args.repa_layer is None and args.repa_teacher != "auto":
         raise UsageError("--repa-teacher needs --repa-layer K, which says where to align")
     if args.fsdp and args.optimizer == "muon":

@@ -4,7 +4,7 @@
     python tests/findings.py --draw             # pictures, tables and claims from the reports
     python tests/findings.py alpha --data shapes               # without a download
 
-Questions: bottlenecks bits alpha edges models repa repa-layer repa-weight optimizer
+Questions: bottlenecks bits alpha edges models repa repa-layer repa-weight tokenizers optimizer
 tokenizer-optimizer. All run at 16 px, 4x down (16 tokens an image), with models of size nano and
 three seeds. A run that has a report in assets/findings is not repeated, an interrupted one goes on
 from its last checkpoint, and several of these commands may work at the same time. Every step is a
@@ -89,9 +89,11 @@ class Run(NamedTuple):
         return self.steps or STEPS[self.model]
 
     def base(self):
-        """The tokenizer that a generator stands on: of seed 0, one for all with its levels."""
-        flags = self.flags if "--levels" in self.flags else ()
-        return Run("tokenizer", flags, steps=(BASE,))
+        """The tokenizer that a generator stands on: one for all, or, if the flags describe a
+        tokenizer, that one, of the same seed as the generator."""
+        if self.flags[:1] in (("--levels",), ("--alpha",), ("--quantizer",)):
+            return Run("tokenizer", () if self.flags == SEVENTEEN else self.flags, self.seed)
+        return Run("tokenizer", steps=(BASE,))
 
 
 FIXED_SCALE = "--fixed-scale"
@@ -172,6 +174,15 @@ BOTTLENECKS = {
     "ifsq": (),
     "ifsq, equal bins": EQUAL,
 }
+SEVENTEEN = ("--levels", 17, 17, 17, 17)  # train.py's default, said
+UNDER = {  # tokenizers under a generator; LlamaGen needs integers
+    "ae": BOTTLENECKS["ae"],
+    "vae": BOTTLENECKS["vae"],
+    "fsq": BOTTLENECKS["fsq"],
+    "ifsq": SEVENTEEN,
+    "ifsq, 5 levels": ("--levels", *[5] * 4),
+    "ifsq, 65 levels": ("--levels", *[65] * 4),
+}
 COMPARED = {"ae": BOTTLENECKS["ae"], "fsq": BOTTLENECKS["fsq"], "ifsq": (),
             "ifsq, 5 levels": ("--levels", *[5] * 4)}
 QUESTIONS = {
@@ -200,6 +211,9 @@ QUESTIONS = {
                                     "AdamW": generator(model, (*flags, *ADAMW))}
                   for model, name in MODELS.items()
                   for more, flags in (("", ()), (", aligned", aligned()))},
+    "tokenizers": {name: {under: Run(model, flags, steps=(LATE,)) for under, flags in UNDER.items()
+                          if model == "dit" or "--quantizer" not in flags}
+                   for model, name in MODELS.items()},
     "tokenizer-optimizer": {
         "Muon": runs(COMPARED),
         "AdamW": runs({name: (*flags, *ADAMW) for name, flags in COMPARED.items()}),
@@ -304,6 +318,7 @@ PICTURES = {  # question: (label of the x axis, metrics)
     "repa-layer": ("aligned layer (0: none)", [BITS, ERROR, *DRAWN]),
     "repa-weight": ("weight (0: none)", [BITS, ERROR, *DRAWN]),
     "optimizer": ("", [BITS, ERROR, *DRAWN]),
+    "tokenizers": ("", DRAWN),
     "tokenizer-optimizer": ("", ["PSNR, dB", "dB above the PCA", "SSIM",
                                  "rFD, pretrained features", "entropy / log2 of the codes"]),
 }
@@ -763,7 +778,7 @@ class Workshop(Reports):
         step = run.all_steps()[-1]
         with locked(self.out / run.name()):
             path = self.trained(run, step)
-            if not self.report(run, step):
+            if not (self.report(run, step) and pictures_of(path).exists()):
                 self.measure(run, step, path)
         return path
 
@@ -803,13 +818,15 @@ class Workshop(Reports):
         return out / "teacher" / "ckpt.pt"
 
     def measure(self, run, step, path):
-        """Write the report of the checkpoint `path`."""
+        """Write the report of the checkpoint `path`, if there is none, and its pictures."""
         out, flags = path.parent, MEASURING[run.model]
         if run.model != "tokenizer":
             flags = [*flags, "--judge", self.teacher()]
         self.call(out, *self.program(run, "evaluate"), path, *flags, "--out", out)
         name = evaluate.report_name(path)
         found = json.loads((out / f"{name}.json").read_text())
+        if self.report(run, step):
+            return
         if found["step"] != step:
             sys.exit(f"findings.py: {path} is already past step {step}, which has no report: "
                      "remove its folder")
@@ -818,9 +835,9 @@ class Workshop(Reports):
             for channel in results["codes"]["channels"]:
                 del channel["histogram"]
         if run.model != "tokenizer":
-            base = self.report(run.base(), BASE)["results"]
+            base = self.report(run.base(), run.base().all_steps()[-1])["results"]
             results["tokenizer"] = {key: base[key] for key in ("psnr", "floor")}
-        results["semantic"] = self.semantic(run, out / f"{name}.npz")
+        results["semantic"] = self.semantic(run, pictures_of(path))
         training = {key: value for key, value in found["training"].items() if key not in LOCAL}
         if FIXED_SCALE in run.flags:
             training["fixed_scale"] = True
@@ -844,11 +861,15 @@ class Workshop(Reports):
         real = np.stack([source[i][0].permute(1, 2, 0).numpy() for i in range(len(source))])
         found = {"images": semantic.distances(semantic.features(real, network), pictures)}
         if run.model != "tokenizer":
-            base = self.checkpoint(run.base())
-            rebuilt = semantic.images_of(base.parent / f"{evaluate.report_name(base)}.npz")
+            rebuilt = semantic.images_of(pictures_of(self.checkpoint(run.base())))
             found["reconstructions"] = semantic.distances(semantic.features(rebuilt, network),
                                                           pictures)
         return found
+
+
+def pictures_of(path):
+    """Where evaluate.py leaves the samples, or the reconstructions, of a checkpoint."""
+    return path.parent / f"{evaluate.report_name(path)}.npz"
 
 
 def validations(path):
@@ -870,7 +891,7 @@ def values_of(shop, question, metric):
         for x, run in points.items():
             steps = run.all_steps()
             if question not in ALONG:
-                step = LATE if question == "optimizer" else EARLY
+                step = LATE if question in ("optimizer", "tokenizers") else EARLY
                 steps = [step] if run.model != "tokenizer" else steps[-1:]
             for step in steps:
                 reports = [shop.report(run._replace(seed=seed), step) for seed in SEEDS]

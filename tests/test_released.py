@@ -374,6 +374,12 @@ def with_config(part, **values):
     return change
 
 
+def of_section(name):
+    def change(state):
+        state["config"][name] = state["config"].pop("fsq")
+    return change
+
+
 @pytest.mark.parametrize("name, change, words", [
     ("dit", facebook, "noise of SD-VAE latents"),
     ("dit", with_config("scheduler", diffusion=True), "noise of SD-VAE latents"),
@@ -383,7 +389,11 @@ def with_config(part, **values):
     ("dit", with_config("data", image_size=32), "images of [32, 32] px, and makes [16, 16]"),
     ("dit", with_config("data", image_size=(16, 16, 16)), "name it with --image-size"),
     ("llamagen", with_config("data", image_size="16"), "an image_size of '16'"),
+    ("dit", with_config("vae", vae_type="cus_ae"), "was trained on vae, its tokenizer is ifsq"),
+    ("dit", with_config("data", latent_multiplier=-1), "latents times -1: give their scale"),
     ("llamagen", with_config("fsq", downsample_ratio=4), "4x down, its tokenizer gives 2x"),
+    ("llamagen", of_section("cusvq"), "was trained on vq, its tokenizer is fsq"),
+    ("llamagen", of_section("vqvae"), "predicts tokens of VQ-16"),
     ("llamagen", lambda state: {**state, "args": argparse.Namespace()},
      "holds objects of Python (argparse.Namespace)"),
     ("llamagen_groups", lambda state: None, "knows 83521 codes, its tokenizer 729"),
@@ -394,6 +404,9 @@ def with_config(part, **values):
     ("tokenizer", lambda state: {"encoder.conv_in.weight": torch.zeros(1),
                                  "encoder.mid.attn_1.q.weight": torch.zeros(1)},
      "this is SD-VAE"),
+    ("tokenizer", lambda state: {"encoder.conv_in.weight": torch.zeros(1),
+                                 "encoder.norm_out.norm.weight": torch.zeros(1)},
+     "a tokenizer with layer norms"),
 ])
 def test_refused(tmp_path, capsys, name, change, words):
     path = rewritten(tmp_path / "public" / "any.pt", FILES[name], change)
@@ -423,12 +436,61 @@ def test_flags_of_public_files_are_refused_for_others(tokenizers, tmp_path, caps
     assert "name that with --tokenizer" in refused(capsys, evaluate.main, [FILES["dit"]])
 
 
+@pytest.mark.parametrize("levels, fits", [([5, 7, 3, 5], True), ([7, 5, 15], True),
+                                          ([5, 3, 7, 5], False), ([7, 3, 5, 5], False)])
+def test_a_group_of_codes_is_a_product_of_neighbouring_levels(levels, fits):
+    codes = {"quantizer": "ifsq", "levels": levels, "multipliers": [1]}
+    reason = train.misfit("llamagen", {"vocab_sizes": [35, 15]}, codes)
+    assert reason is None if fits else "knows groups of [35, 15] codes" in reason
+
+
+@pytest.mark.parametrize("model", [
+    dit.DiT(input_size=(2, 2), in_channels=2, hidden_size=96, depth=12, num_heads=6, num_classes=2,
+            qk_norm=False, swiglu=False, rope=False, rmsnorm=False),
+    train.llamagen.LlamaGen(grid=(2, 2), vocab_sizes=[9], num_classes=2, n_layer=12, n_head=6,
+                            dim=96)], ids=["dit", "llamagen"])
+def test_the_public_code_has_no_nano(model):
+    """Its number of heads is a guess that only the sizes of the paper allow."""
+    module = dit if isinstance(model, dit.DiT) else train.llamagen
+    with pytest.raises(ValueError, match="--heads"):
+        module.released_arguments(model.state_dict())
+
+
+@pytest.mark.parametrize("name, alpha", [("tanh", 2.0), ("scale_sigmoid_16", 1.6),
+                                         ("scale_sigmoid_1702", None), ("relu", None)])
+def test_the_slope_that_a_configuration_names(tmp_path, name, alpha):
+    path = rewritten(tmp_path / "public" / "any.ckpt", FILES["tokenizer"], lambda state: None)
+    config = {"levels": [17.0] * 4, "act_fun": name, "do_simple_bound": True}
+    path.with_name("config.json").write_text(json.dumps(config))
+    if alpha is None:
+        with pytest.raises(train.UsageError, match="--alpha"):
+            load_checkpoint(path)
+        assert load_checkpoint(path, alpha=1.7)["network"]["alpha"] == 1.7
+        return
+    network = load_checkpoint(path)["network"]
+    assert network["alpha"] == alpha
+    assert [type(level) for level in network["levels"]] == [int] * 4
+
+
+def test_a_report_tells_how_long_a_public_model_was_trained(tmp_path):
+    """By its name and its configuration. There is no guidance below 1 in the public code."""
+    assert load_checkpoint(FILES["tokenizer"])["step"] == 12
+    flags = ["--tokenizer", FILES["tokenizer"], "--num-samples", 1, "--sample-steps", 1]
+    change = with_config("train", global_batch_size=8)
+    path = rewritten(tmp_path / "a" / "0000034.pt", FILES["dit"], change)
+    report, plain = evaluated(tmp_path / "1", path, *flags, "--cfg-scale", 1)
+    assert (report["step"], report["results"]["train_images"]) == (34, 272)
+    report, pictures = evaluated(tmp_path / "2", FILES["dit"], *flags, "--cfg-scale", 0.5)
+    assert (report["step"], report["sampling"]["cfg_scale"]) == (12, 1.0)
+    assert np.array_equal(plain, pictures)
+
+
 # ---- Training goes on from them ----
 
-def trained(tmp_path, *flags):
-    """A few steps of train.py on images of ten class folders -> its checkpoint."""
+def trained(tmp_path, *flags, folders="0123456789"):
+    """A few steps of train.py on images of class folders -> its checkpoint."""
     for i in range(20):
-        folder = tmp_path / "data" / str(i % 10)
+        folder = tmp_path / "data" / folders[i % len(folders)]
         folder.mkdir(parents=True, exist_ok=True)
         train.Shapes("train", [16, 16])[i][0].save(folder / f"{i}.png")
     train.main(list(map(str, [*COMMON, "--data", tmp_path / "data", "--image-size", 16, "--lr",
@@ -490,6 +552,33 @@ def test_a_tokenizer_serves_a_new_generator(tmp_path, small):
     assert state["args"]["levels"] == [9, 9, 9] and state["args"]["alpha"] == 2.0
 
 
+def test_other_classes_begin_with_new_embeddings(tmp_path, small, capsys):
+    """The other weights are kept, and so is the guidance of a public DiT."""
+    flags = ["--tokenizer", FILES["tokenizer"], "--init-from", FILES["dit"], "--steps", 1]
+    folders = "abc"
+    state = trained(tmp_path, "--model", "dit", *flags, folders=folders)
+    assert "knows 10 classes, not 3" in capsys.readouterr().out
+    assert state["classes"] == list(folders) and state["sampling"] == {"guide_channels": 3}
+    public = load_checkpoint(FILES["dit"])["ema"]
+    for key, weight in state["ema"].items():
+        if key == "y_embedder.embedding_table.weight":
+            assert len(weight) == 4
+        else:
+            torch.testing.assert_close(weight, public[key], atol=1e-6, rtol=0)
+    path = tmp_path / "run" / "ckpt.pt"
+    train.main(["--resume", str(path), "--steps", "2"])
+    assert load_checkpoint(path)["sampling"] == {"guide_channels": 3}
+
+
+def test_a_public_generator_may_be_judged(tmp_path, small):
+    """A classifier knows names and a public file numbers: class i is the i-th of the names."""
+    trained(tmp_path, "--model", "dit", "--repa-layer", 1, "--steps", 1)
+    flags = ["--tokenizer", FILES["tokenizer"], "--num-samples", 2, "--sample-steps", 1]
+    report, _ = evaluated(tmp_path / "out", FILES["dit"], *flags, "--judge",
+                          tmp_path / "run" / "teacher" / "ckpt.pt")
+    assert 0 <= report["results"]["class_share"]["samples"] <= 1
+
+
 def test_init_from_what_does_not_fit(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     for i in range(4):
@@ -498,9 +587,14 @@ def test_init_from_what_does_not_fit(tmp_path, capsys):
               "--steps", 1, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run"]
     for file, tokenizer, words in (
             ("llamagen_groups", "tokenizer_small", "knows 83521 codes, its tokenizer 729"),
-            ("llamagen", "tokenizer_small", "do not fit this model"),  # 10 classes, not 1
-            ("dit", "tokenizer_small", "do not fit this model")):
+            ("dit", "tokenizer_small", "has 4 channels, its tokenizer 3")):
         line = refused(capsys, train.main, [
             *common, "--model", file.split("_")[0], "--init-from", FILES[file], "--tokenizer",
             FILES[tokenizer]])
         assert words in line
+        assert not (tmp_path / "cache").exists()  # before the images are encoded
+    assert "name that with --tokenizer" in refused(capsys, train.main, [
+        *common, "--model", "dit", "--init-from", FILES["dit"]])
+    line = refused(capsys, train.main, [*common, "--model", "dit", "--init-from", FILES["dit"],
+                                        "--tokenizer", FILES["tokenizer"], "--image-size", 32])
+    assert "is for latents of (8, 8), and --image-size gives (16, 16)" in line
