@@ -2882,7 +2882,8 @@ def make_parser():
     add("--resume", "continue from CKPT, or without one from OUT/ckpt.pt, with the flags stored "
         "in it", nargs="?", const=True, metavar="CKPT")
     add("--init-from", "start a new run from the averaged weights of CKPT, of a run or of the "
-        "public code; a tokenizer's flags follow from it", metavar="CKPT")
+        "public code; a tokenizer's flags follow from it, a generator needs its --tokenizer and "
+        "may get other classes", metavar="CKPT")
     add("--heads", "attention heads of a public generator in --init-from, which the shapes of its "
         "weights do not tell", COUNT, "N")
     add("--latent-scale", "of a public DiT in --init-from: factor of its latents, if its file "
