@@ -40,6 +40,7 @@ import sys
 import time
 import uuid
 import weakref
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -588,7 +589,7 @@ def open_set(source, args, processes, crop_to=None, split="all"):
                 "crop": f"{crop_to[0]} x {crop_to[1]}, centre (ADM)"}, {}, chosen
     if not Path(source).is_dir():
         raise UsageError(f"{source}: no such folder")
-    left_out = {}
+    left_out = Counter()
     paths = find_images(Path(source), left_out)
     if not paths:
         raise UsageError(f"{source}: no images in it")

@@ -214,8 +214,8 @@ def dinov2_url(name):
     if base not in SIZES:
         raise ValueError(f'"{name}" is neither a file nor the name of a teacher: choose from '
                          f"{', '.join(SIZES)}, or one of these with _reg")
-    file = f"{base}_pretrain.pth" if name == base else f"{base}_reg4_pretrain.pth"
-    return f"https://dl.fbaipublicfiles.com/dinov2/{base}/{file}"
+    stem = name.replace("_reg", "_reg4")
+    return f"https://dl.fbaipublicfiles.com/dinov2/{base}/{stem}_pretrain.pth"
 
 
 def load_dinov2(name_or_path, folder):
@@ -225,16 +225,15 @@ def load_dinov2(name_or_path, folder):
     has been moved into `folder` is found there by its own name.
     Raises ValueError, in one line, if the name is unknown or the weights cannot be loaded.
     """
-    path = Path(name_or_path)
-    if not path.is_file() and Path(folder, path.name).is_file():
+    path, options = Path(name_or_path), dict(map_location="cpu", weights_only=True)
+    if not path.is_file():
         path = Path(folder, path.name)
-    source = str(path) if path.is_file() else dinov2_url(str(name_or_path))
+    source = path if path.is_file() else dinov2_url(str(name_or_path))
     try:
         if path.is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, **options)
         else:
-            state = torch.hub.load_state_dict_from_url(
-                source, str(folder), map_location="cpu", progress=False, weights_only=True)
+            state = torch.hub.load_state_dict_from_url(source, folder, progress=False, **options)
         return dinov2_from_state(state)
     except Exception as error:  # a damaged file can raise almost anything
         cause = " ".join(f"{type(error).__name__}: {error}".split())
@@ -253,9 +252,7 @@ def dinov2_from_state(state, heads=None):
         raise ValueError("not a DINOv2: no pos_embed and patch_embed.proj.weight at the top level")
     dim, _, _, patch = state["patch_embed.proj.weight"].shape
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    registers = 0
-    if "register_tokens" in state:
-        registers = state["register_tokens"].shape[1]
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     known = {size[:2]: size[2] for size in SIZES.values()}
     heads = known.get((depth, dim), heads)
     if heads is None:
@@ -338,10 +335,11 @@ def random_shift(images):
     return padded[:, :, down : down + H, right : right + W]    # (B, 3, H, W)
 
 
-def train_classifier(model, batches, optimizer, steps, device):
+def train_classifier(model, batches, optimizer, steps):
     """Train a Classifier, in place, with cross-entropy (label smoothing 0.1) on shifted images.
 
-    batches    an endless iterator of images (B,3,H,W) float in [-1,1] and labels (B,) int64
+    batches    endlessly many pairs of images (B,3,H,W) float in [-1,1] and labels (B,) int64, on
+               the model's device
     steps      1 or more
     optimizer  its learning rates are reached after a tenth of the steps, then fall linearly to 0
     Raises FloatingPointError, in one line, if the loss is not finite at the end.
@@ -350,8 +348,8 @@ def train_classifier(model, batches, optimizer, steps, device):
         optimizer, lambda step: min(1, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps)))
     model.train()
     for images, labels in itertools.islice(batches, steps):
-        logits = model(random_shift(images.to(device)))        # (B, num_classes)
-        loss = F.cross_entropy(logits, labels.to(device), label_smoothing=0.1)
+        logits = model(random_shift(images))                   # (B, num_classes)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -363,15 +361,14 @@ def train_classifier(model, batches, optimizer, steps, device):
 
 @torch.no_grad()
 def accuracy(model, batches):
-    """The share, in [0,1], of a finite iterator's images that a Classifier labels correctly.
+    """The share, in [0,1], of images that a Classifier labels correctly.
 
-    batches    as in `train_classifier`, on any device
+    batches    as in `train_classifier`, but finite
     """
-    device = next(model.parameters()).device
     correct = total = 0
     for images, labels in batches:
-        predicted = model(images.to(device)).argmax(dim=1)     # (B,)
-        correct += (predicted == labels.to(device)).sum().item()
+        predicted = model(images).argmax(dim=1)                # (B,)
+        correct += (predicted == labels).sum().item()
         total += len(labels)
     return correct / total
 
@@ -496,5 +493,5 @@ def token_similarity(states, shift):
     means = []
     for h in states:
         cosines = F.cosine_similarity(h[:, : final.shape[1]].float(), final, dim=-1)
-        means.append(cosines.mean())
-    return torch.stack(means).tolist()
+        means.append(cosines.mean().item())
+    return means

@@ -54,6 +54,8 @@ import time
 import uuid
 import warnings
 import zipfile
+from collections import Counter
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -153,9 +155,9 @@ class Shapes(Dataset):
         # Each pixel is the mean of 3 x 3 points, which smooths the outline. The unit is half of
         # the shorter side, and y points up.
         unit = min(self.height, self.width) / 2
-        rows = ((np.arange(3 * self.height) + 0.5) / 3 - self.height / 2) / unit
-        columns = ((np.arange(3 * self.width) + 0.5) / 3 - self.width / 2) / unit
-        u = (columns[None, :] - x0) / size
+        rows, columns = (((np.arange(3 * side) + 0.5) / 3 - side / 2) / unit
+                         for side in (self.height, self.width))
+        u = (columns - x0) / size
         v = (-rows[:, None] - y0) / size
         inside = self.inside(label, u * np.cos(turn) + v * np.sin(turn),
                              v * np.cos(turn) - u * np.sin(turn))
@@ -216,11 +218,11 @@ def subfolders(folder):
                   and (stat.S_ISDIR(os.stat(p).st_mode) if p.is_symlink() else p.is_dir()))
 
 
-def walk_images(folder, left_out=None, top=None):
+def walk_images(folder, left_out, top=None):
     """The image files below a folder, one by one, links followed. A folder linked twice counts
     once, and a link to a folder above it not at all.
 
-    left_out: a dictionary that counts the other files by suffix. top: the folder, this one or one
+    left_out: a Counter of the other files by suffix. top: the folder, this one or one
     above it, that the names are relative to. Raises OSError for a folder that may not be read, and
     for a dead link that may have led to a folder.
     """
@@ -239,26 +241,24 @@ def walk_images(folder, left_out=None, top=None):
         for name in files:
             if is_image(name):
                 yield below + name
-                continue
-            if not is_hidden(name):
+            elif is_hidden(name):
+                left_out["hidden"] += 1
+            else:
                 os.stat(os.path.join(where, name))  # os.walk takes dead links for files
-            if left_out is not None:
-                suffix = os.path.splitext(name)[1].lower()
-                kind = "hidden" if is_hidden(name) else suffix or "no suffix"
-                left_out[kind] = left_out.get(kind, 0) + 1
+                left_out[os.path.splitext(name)[1].lower() or "no suffix"] += 1
 
 
 def counted(left_out):
-    """What `walk_images` counted, in words."""
-    return ", ".join(f"{n} {kind}" for kind, n in sorted(left_out.items())[:6])
+    """What `walk_images` counted, in words: the commonest first."""
+    return ", ".join(f"{n} {kind}" for kind, n in left_out.most_common(6))
 
 
+@dataclass
 class Paths:
     """Many paths below a folder, as an array (N,) of encoded names. Unlike a list of objects, whose
     reference counts change, it is not copied into every loader process that reads it."""
-
-    def __init__(self, folder, names):
-        self.folder, self.names = folder, names
+    folder: Path
+    names: np.ndarray
 
     def __len__(self):
         return len(self.names)
@@ -267,30 +267,24 @@ class Paths:
         return Path(self.folder, os.fsdecode(self.names[index]))
 
 
-def find_images(folder, left_out=None, top=None):
+def find_images(folder, left_out, top=None):
     """The Paths of what `walk_images` finds, sorted."""
     names = sorted(walk_images(folder, left_out, top), key=lambda name: name.replace(os.sep, "\0"))
     return Paths(top or folder, np.array([*map(os.fsencode, names)], bytes))
 
 
 def holds_images(path):
-    """Whether `path` is an image, or a folder with one below it."""
+    """Whether `path` is a visible image, or a visible folder with one below it."""
     if path.is_dir():
-        return any(True for _ in walk_images(path))
+        return not is_hidden(path.name) and any(True for _ in walk_images(path, Counter()))
     return is_image(path.name)
 
 
 def unwrapped(folder):
     """The subfolder that holds all images of `folder`, if it sorts them into folders; else None."""
-    inside = (p for p in folder.iterdir() if not is_hidden(p.name) and holds_images(p))
-    inside = [*itertools.islice(inside, 2)]
+    inside = [*itertools.islice(filter(holds_images, folder.iterdir()), 2)]
     if len(inside) == 1 and inside[0].is_dir() and any(map(holds_images, subfolders(inside[0]))):
         return inside[0]
-
-
-def begins_with(name, words):
-    """Whether a name is one of the words with something after it: train2017, val_images."""
-    return re.match(rf"({'|'.join(words)})[\W\d_]", name)
 
 
 def find_splits(folder):
@@ -303,16 +297,19 @@ def find_splits(folder):
     train, val = (next((by_name[name] for name in names if name in by_name), None)
                   for names in (TRAIN_NAMES, VAL_NAMES))
     if not train and not val:
-        like_train, like_val = ([p for name, p in by_name.items() if begins_with(name, words)]
+        # Names that go on after one of the words: train2017, val_images.
+        like_train, like_val = ([p for name, p in by_name.items()
+                                 if re.match(rf"({'|'.join(words)})[\W\d_]", name)]
                                 for words in (TRAIN_NAMES, VAL_NAMES))
         if like_train and like_val:
-            others = [p for name, p in by_name.items() if p not in like_train + like_val
+            pair = like_train + like_val
+            others = [p for name, p in by_name.items() if p not in pair
                       and not name.startswith(("test", "unlabel")) and holds_images(p)]
-            if len(like_train) + len(like_val) > 2 or others:
-                names = ", ".join(p.name for p in like_train + like_val + others[:2])
+            if len(pair) > 2 or others:
+                names = ", ".join(p.name for p in pair + others[:2])
                 raise UsageError(f"--data {folder}: are {names} splits or classes? Rename the "
                                  "splits to train/ and val/, or the classes to something else")
-            (train,), (val,) = like_train, like_val
+            train, val = pair
     if train and not val:
         val = by_name.get("test")
     if train or val:
@@ -333,12 +330,13 @@ class Folder(Dataset):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UsageError(f"--data {folder}: no such folder (built in: {' '.join(BUILT_IN)})")
-        self.left_out = {}
+        self.left_out = Counter()
         train, val = find_splits(self.folder)
         self.has_split = val is not None
-        parts = [self.by_class(part) for part in (train, val) if part]
-        self.classes = sorted(parts[0])
-        unknown = sorted(parts[-1].keys() - parts[0].keys())
+        kept = self.by_class(train)
+        held = self.by_class(val) if val else {}
+        self.classes = sorted(kept)
+        unknown = sorted(held.keys() - kept.keys())
         if unknown == [FLAT]:
             raise UsageError(f"--data {folder}: {val.name}/ has no folders of {train.name}/'s "
                              "classes with images in them: sort its images into such folders, or "
@@ -346,19 +344,19 @@ class Folder(Dataset):
         if unknown:
             raise UsageError(f"--data {folder}: classes in {val.name}/ but not in {train.name}/: "
                              f"{', '.join(unknown[:5])}")
-        groups = [(label, part[name]) for part in parts for label, name in enumerate(self.classes)
-                  if name in part]
+        groups = [(label, part[name]) for part in (kept, held)
+                  for label, name in enumerate(self.classes) if name in part]
         counts = [len(paths) for _, paths in groups]
         self.paths = Paths(self.folder, np.concatenate([paths.names for _, paths in groups]))
         self.fingerprint = self.names_and_samples()
         self.targets = np.repeat(np.int32([label for label, _ in groups]), counts)           # (N,)
         self.held_out = self.every_tenth(counts)                                             # (N,)
         if val:
-            self.held_out = np.arange(len(self)) >= sum(map(len, parts[0].values()))
+            self.held_out = np.arange(len(self)) >= sum(map(len, kept.values()))
         self.rule, self.about = f"{train.name}/ and {val.name}/" if val else "", ""
         if train != self.folder and (val or train.name.lower() in TRAIN_NAMES + VAL_NAMES):
             beside = [p.name for p in sorted(train.parent.iterdir())
-                      if p not in (train, val) and not is_hidden(p.name) and holds_images(p)]
+                      if p not in (train, val) and holds_images(p)]
             folders = [name for name in beside if (train.parent / name).is_dir()]
             if folders and not val and self.classes == [FLAT]:
                 raise UsageError(f"--data {folder}: is {train.name}/ for training, or a class as "
@@ -465,7 +463,7 @@ def readable(paths, processes):
     with ThreadPool(32) as pool:
         could = [*tqdm(pool.imap(try_to_read, mine, 16), total=len(mine),
                        disable=processes.quiet(), desc="reading every image once")]
-    processes.mine(good)[:] = torch.tensor(could, dtype=torch.float32)
+    processes.mine(good)[:] = torch.tensor(could)
     good = processes.sum(good).bool().numpy()
     if not good.any():
         raise UsageError(f"none of the {len(paths)} images can be read, such as {paths[0]}")
@@ -489,9 +487,9 @@ def read_image(path):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
-        top = {"F": 1.0, "I": 255.0}.get(image.mode, 65535.0)
-        if image.mode == "I" and values.max() > 255:
-            top = 65535.0
+        top = 1.0 if image.mode == "F" else 65535.0
+        if image.mode == "I" and values.max() <= 255:
+            top = 255.0
         if not (values.min() >= 0 and values.max() <= top):
             raise ValueError(f"values of mode {image.mode} from {values.min():g} to "
                              f"{values.max():g} have no known scale: save it with 8 bits")
@@ -584,11 +582,10 @@ class Images(Dataset):
         return torch.stack(crops)
 
 
+@dataclass
 class RandomCrops(Dataset):
-    """What trains a tokenizer: (index, epoch) -> (random crop of Images (3,H,W) uint8, label)."""
-
-    def __init__(self, images):
-        self.images = images
+    """What trains a tokenizer: (index, epoch) -> (random crop (3,H,W) uint8, label)."""
+    images: Images
 
     def __len__(self):
         return len(self.images)
@@ -686,8 +683,10 @@ def batch_keys(length, batch_size, start, seed, rank=0, world=1, grad_accum=1):
             yield [(int(permutation(epoch)[position]), epoch) for epoch, position in places]
 
 
-def load_batches(args, processes, dataset, start):
-    """Endless iterator of this process's micro-batches of `dataset`, from step `start` on."""
+def load_batches(args, processes, dataset, saved):
+    """Endless iterator of this process's micro-batches of `dataset`, from the step of the
+    checkpoint `saved` on, or from the first."""
+    start = saved["step"] if saved else 0
     keys = batch_keys(len(dataset), args.batch_size, start, args.seed, processes.rank,
                       processes.world, args.grad_accum)
     return load(args, processes, dataset, keys)
@@ -762,8 +761,7 @@ class TokenizerTraining:
     def __init__(self, args, processes, saved, splits):
         self.args, self.processes = args, processes
         images, self.val_images = splits
-        start = saved["step"] if saved else 0
-        self.batches = load_batches(args, processes, RandomCrops(images), start)
+        self.batches = load_batches(args, processes, RandomCrops(images), saved)
 
         device = processes.device
         torch.manual_seed(seed_of(args.seed, -1))
@@ -800,27 +798,24 @@ class TokenizerTraining:
         processes.say(f"tokenizer {args.size}: {args.quantizer} {levels} at {args.downsample}x down"
                       f", {count_parameters(self.model)}; {processes.describe()}")
 
-    def trains_critic(self, step):
-        """From --disc-start on, even steps train the tokenizer and odd ones the critic."""
-        return 0 <= self.args.disc_start <= step and step % 2 == 1
-
     def turn(self, step):
-        """(network, optimizer) that this step trains, and whether it is the critic's turn."""
-        if self.trains_critic(step):
+        """(network, optimizer) that this step trains, and whether it is the critic's turn: from
+        --disc-start on, even steps train the tokenizer and odd ones the critic."""
+        if 0 <= self.args.disc_start <= step and step % 2 == 1:
             return self.critic_network, self.optimizers["critic_optimizer"], True
         return self.network, self.optimizers["optimizer"], False
 
     def loss(self, batch, step):
         """A micro-batch -> (scalar to minimise, {name: scalar to log})."""
+        network, _, is_critic = self.turn(step)
         x = to_float(batch[0], self.processes.device)                                  # (B,3,H,W)
-        if self.trains_critic(step):
+        if is_critic:
             self.model.eval()  # the latents' running statistics are those of tokenizer steps
             with torch.no_grad():
                 reconstruction = self.model(x)[0]
-            real, fake = self.critic_network(x), self.critic_network(reconstruction)
-            loss = discriminator_loss(real, fake)
+            loss = discriminator_loss(network(x), network(reconstruction))
             return loss, {"d_loss": loss}
-        reconstruction, _, bottleneck = self.network(x)
+        reconstruction, _, bottleneck = network(x)
         loss, logged = reconstruction_loss(x, reconstruction, self.lpips,
                                            self.args.perceptual_weight)
         logged["bottleneck"] = bottleneck
@@ -872,9 +867,10 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
     scalar = model.quantizer in ("ifsq", "fsq")
     usage = CodeUsage(model.levels) if model.discrete else None
     scores = torch.zeros(len(places), len(metrics), dtype=exact)
-    sums = torch.zeros(2, 2, model.latent_dim, dtype=torch.float64)  # of z and pre, and squared
+    # The sums over images of an image's mean: of z and pre, and of their squares.
+    sums = torch.zeros(2, 2, model.latent_dim, dtype=torch.float64)
     bins = torch.zeros(model.latent_dim, 4096, dtype=torch.float64)  # a histogram of y in [-1, 1]
-    count, seconds = torch.zeros((), dtype=torch.float64), 0.0
+    seconds = 0.0
     mine = processes.mine(torch.arange(len(places)))
     loader = DataLoader(Subset(images, places[mine].tolist()), batch_size,
                         num_workers=num_workers)
@@ -896,16 +892,14 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
             watch(part, x, y)
         if usage:
             usage.update(indices)
-        vectors = [values.cpu().double().movedim(1, -1).flatten(0, -2)                 # (N,d)
-                   for values in ((z, pre) if scalar else (z,))]
-        count += len(vectors[0])
-        for row, values in zip(sums, vectors):
-            row += torch.stack([values.sum(0), values.square().sum(0)])
+        for row, values in zip(sums, (z, pre) if scalar else (z,)):
+            values = values.cpu().double()                                             # (B,d,h,w)
+            row += torch.stack([values, values.square()]).mean((3, 4)).sum(1)
         if scalar:
-            bounded = bound(vectors[1], model.quantize.fsq.alpha)
-            bins += torch.stack([channel.histc(4096, -1, 1) for channel in bounded.T])
+            bounded = bound(pre.cpu().double(), model.quantize.fsq.alpha)
+            bins += torch.stack([channel.histc(4096, -1, 1) for channel in bounded.unbind(1)])
     scores, bins = processes.sum(scores), processes.sum(bins)  # one process wrote each row
-    means, squares = (processes.sum(sums) / processes.sum(count)).unbind(1)  # of z and pre: (2,d)
+    means, squares = (processes.sum(sums) / len(places)).unbind(1)  # of z and pre: (2,d)
     std = (squares - means.square()).clamp(min=0).sqrt()
     latents = {"mean": means[0].tolist(), "std": std[0].tolist()}
     if scalar:
@@ -943,16 +937,15 @@ class Codec(NamedTuple):
     """The frozen tokenizer of stage two: from cached tokens to latents, and back to pictures."""
     tokenizer: Tokenizer
     grid: tuple                         # (h, w)
-    mean: torch.Tensor | float = 0.0    # (1,d,1,1), of z over validation images
-    std: torch.Tensor | float = 1.0     # (1,d,1,1); 0.0 and 1.0 leave z as it is
+    mean: torch.Tensor | float = 0.0    # (d,1,1), of z over validation images
+    std: torch.Tensor | float = 1.0     # (d,1,1); 0.0 and 1.0 leave z as it is
 
     def normalised(self, latents):
         """The same with the statistics {"mean": d numbers, "std": d numbers} of a checkpoint."""
         device = next(self.tokenizer.parameters()).device
-        mean, std = (torch.tensor(latents[name], dtype=torch.float32, device=device)
+        mean, std = (torch.tensor(latents[name], dtype=torch.float32, device=device)[:, None, None]
                      for name in ("mean", "std"))
-        return self._replace(mean=mean.view(1, -1, 1, 1),
-                             std=std.clamp(min=1e-6).view(1, -1, 1, 1))
+        return self._replace(mean=mean, std=std.clamp(min=1e-6))
 
     def plain(self, tokens):
         """tokens -> z (B,d,h,w) as the decoder takes it."""
@@ -989,17 +982,16 @@ def load_codec(checkpoint, image_size, device):
 class Tokens(Dataset):
     """A data set as its tokenizer sees it: index -> (tokens of the centre view, label).
 
-    array: (images, views, T) integers, or (images, views, d, h, w) fp16 latents, read from disk.
+    array: (images, views, T) integers, or (images, views, d, h, w) fp16 latents, read from the
+    file `path`.
     """
 
-    def __init__(self, array, images):
-        self.array, self.images, self.labels = array, images, images.labels
+    def __init__(self, path, images):
+        self.array = np.lib.format.open_memmap(path, "r")
+        self.images, self.labels = images, images.labels
 
-    def __getstate__(self):  # a loader that is not forked opens the file, and gets no copy
-        return {**vars(self), "array": self.array.filename}
-
-    def __setstate__(self, state):
-        vars(self).update(state, array=np.lib.format.open_memmap(state["array"], "r"))
+    def __reduce__(self):  # a loader that is not forked opens the file, and gets no copy
+        return Tokens, (self.array.filename, self.images)
 
     def __len__(self):
         return len(self.array)
@@ -1014,14 +1006,15 @@ class Tokens(Dataset):
         return torch.from_numpy(values.astype(kind))
 
 
+@dataclass
 class RandomViews(Dataset):
     """What trains a generator: (index, epoch) -> (tokens of one of the views, label).
 
     with_pixels: also the crop (3,H,W) uint8 that the tokens were made of, for REPA's teacher.
     """
-
-    def __init__(self, tokens, seed, with_pixels=False):
-        self.tokens, self.seed, self.with_pixels = tokens, seed, with_pixels
+    tokens: Tokens
+    seed: int
+    with_pixels: bool = False
 
     def __len__(self):
         return len(self.tokens)
@@ -1035,14 +1028,11 @@ class RandomViews(Dataset):
         return *item, self.tokens.images.views(index, [number])[0]
 
 
+@dataclass
 class AllViews(Dataset):
     """index -> (V,3,H,W) uint8: what the cache is made of, each file read once."""
-
-    def __init__(self, images, views):
-        self.images, self.views = images, views
-
-    def __len__(self):
-        return len(self.images)
+    images: Images
+    views: int
 
     def __getitem__(self, index):
         return self.images.views(index, range(self.views))
@@ -1063,21 +1053,19 @@ def cache_key(checkpoint, images, data, split, views):
     return digest.hexdigest()[:16]
 
 
-def open_cache(path, shape, dtype, codebook_size):
-    """The array in a cache file, or None if it is not there or not whole."""
+def is_cached(path, shape, dtype, codebook_size):
+    """Whether a cache file is there, and whole."""
     try:
         if not path.is_file():
-            return None
+            return False
         array = np.lib.format.open_memmap(path, "r")
         if array.shape != shape or array.dtype != dtype:
-            return None
-        for part in np.array_split(array, max(1, array.nbytes // 2**26)):
-            whole = part.max() < codebook_size if codebook_size else np.isfinite(part).all()
-            if not whole:  # (integers are unsigned)
-                return None
-        return array
+            return False
+        parts = np.array_split(array, max(1, array.nbytes // 2**26))
+        return all(part.max() < codebook_size if codebook_size else np.isfinite(part).all()
+                   for part in parts)  # (integers are unsigned)
     except (OSError, ValueError, EOFError):
-        return None
+        return False
 
 
 @torch.no_grad()
@@ -1096,10 +1084,11 @@ def cached_tokens(args, processes, checkpoint, codec, images, split, views):
         shape, dtype = (len(images), views, tokenizer.latent_dim, *codec.grid), np.dtype("float16")
     key = processes.agree_on(lambda: cache_key(checkpoint, images, args.data, split, views))
     path = args.cache_dir / f"{split}-{key}.npy"
-    array = open_cache(path, shape, dtype, size)
-    if processes.largest(array is None):  # if one process does not have it, all make it
-        folder, step = path.with_suffix(".parts"), max(1, 128 // views)
-        step *= max(1, len(images) // (step * 4096))  # some thousands of files at most
+    # If one process does not have it, all make it.
+    if processes.largest(not is_cached(path, shape, dtype, size)):
+        folder = path.with_suffix(".parts")
+        # Images in a file: those of 128 pictures, or more if that makes over some 65,000 files.
+        step = max(1, 128 // views, len(images) // 2**16)
         parts = {folder / f"{i}.npy": range(len(images))[i:i + step]
                  for i in range(0, len(images), step)}
         try:
@@ -1117,11 +1106,10 @@ def cached_tokens(args, processes, checkpoint, codec, images, split, views):
             megabytes = 2 * math.prod(shape) * dtype.itemsize / 1e6  # the parts and the whole
             raise UsageError(f"cannot write {megabytes:.0f} MB into {path.parent} ({error}): make "
                              "room, or choose another --cache-dir")
-        array = open_cache(path, shape, dtype, size)
-        if array is None:
+        if not is_cached(path, shape, dtype, size):
             raise UsageError(f"{path} was written and cannot be read back: check the disk, and "
                              "that all machines share --cache-dir")
-    return Tokens(array, images)
+    return Tokens(path, images)
 
 
 def save_array(path, shape, dtype, blocks):
@@ -1134,23 +1122,19 @@ def save_array(path, shape, dtype, blocks):
 
 def write_tokens(parts, args, processes, tokenizer, images, split, shape, dtype, size):
     """Encode this process's share of {path: range of images}, except what is there already."""
-    batch = max(1, 128 // shape[1])
     mine = processes.mine([*parts.items()])
     missing = [(path, part) for path, part in mine
-               if open_cache(path, (len(part), *shape[1:]), dtype, size) is None]
-    keys = [part[i:i + batch] for _, part in missing for i in range(0, len(part), batch)]
-    loader = load(args, processes, AllViews(images, shape[1]), keys)
-    count = sum(len(part) for _, part in mine)
-    with tqdm(total=count, initial=count - sum(map(len, keys)), desc=f"encoding {split}",
-              unit="image", disable=processes.quiet()) as bar:
-        for path, part in missing:
-            blocks = []
-            for x in itertools.islice(loader, -(-len(part) // batch)):                 # (B,V,3,H,W)
-                z, indices = tokenizer.encode(to_float(x.flatten(0, 1), processes.device))
-                tokens = z if indices is None else indices
-                blocks.append(tokens.cpu().numpy().astype(dtype, "C"))
-                bar.update(len(x))
-            save_array(path, (len(part), *shape[1:]), dtype, blocks)
+               if not is_cached(path, (len(part), *shape[1:]), dtype, size)]
+    loader = load(args, processes, AllViews(images, shape[1]), [part for _, part in missing])
+    bar = tqdm(loader, total=len(mine), initial=len(mine) - len(missing), desc=f"encoding {split}",
+               unit="file", disable=processes.quiet())
+    for x, (path, part) in zip(bar, missing):                                          # (B,V,3,H,W)
+        blocks = []
+        for views in x.flatten(0, 1).split(128):
+            z, indices = tokenizer.encode(to_float(views, processes.device))
+            tokens = z if indices is None else indices
+            blocks.append(tokens.cpu().numpy().astype(dtype, "C"))
+        save_array(path, (len(part), *shape[1:]), dtype, blocks)
 
 
 # ---- Stage two: a generator ---------------------------------------------------------------------
@@ -1186,7 +1170,7 @@ class LlamaGenTask:
         """Bits a token, mean over the batch."""
         return llamagen.cross_entropy(model(labels, tokens), tokens) / math.log(2)
 
-    def sample(self, model, codec, labels, generators, settings):
+    def sample(self, model, codec, labels, generators, **settings):
         """Pictures (B,3,H,W) uint8; sample i takes its randomness from generators[i]."""
         shape = math.prod(model.grid), len(model.vocab_sizes)
         uniforms = torch.stack([torch.rand(shape, generator=g) for g in generators])
@@ -1232,13 +1216,12 @@ class DiTTask:
         t = ((torch.randperm(len(x1), generator=generator) + 0.5) / len(x1)).to(x1)
         return dit.flow_matching_loss(model, x1, labels, noise, t, cosine=False)["loss"]
 
-    def sample(self, model, codec, labels, generators, settings):
+    def sample(self, model, codec, labels, generators, sample_steps, **settings):
         """Pictures (B,3,H,W) uint8; sample i takes its randomness from generators[i]."""
         shape = model.in_channels, *model.input_size
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        settings = dict(settings)
-        steps = settings.pop("sample_steps")
-        return codec.decode(dit.sample(model, noise.to(labels.device), labels, steps, **settings))
+        latents = dit.sample(model, noise.to(labels.device), labels, sample_steps, **settings)
+        return codec.decode(latents)
 
     def states(self, model, codec, tokens, labels, layers, generators):
         """The hidden states (B,T,C) after `layers`, a list, of an image halfway to noise."""
@@ -1292,7 +1275,7 @@ class GeneratorTraining:
         self.codec = self.codec.normalised(latents)
         network = self.build(saved, init, len(images.classes))
         views = RandomViews(tokens, args.seed, with_pixels=self.teacher is not None)
-        self.batches = load_batches(args, processes, views, saved["step"] if saved else 0)
+        self.batches = load_batches(args, processes, views, saved)
         self.header = {"kind": args.model, "network": network, "classes": images.classes,
                        "fingerprint": fingerprint(images),
                        "tokenizer": {name: tokenizer[name] for name in KEPT if name in tokenizer}}
@@ -1445,12 +1428,8 @@ class GeneratorTraining:
         if not is_sharded(self.ema):
             return self.ema
         weights = whole_tensors(self.ema.state_dict(), self.processes.rank)
-        if self.processes.rank > 0:
-            return None
-        with torch.device("meta"):
-            ema = MODELS[self.args.model](**self.header["network"])
-        ema.load_state_dict(weights, assign=True)
-        return ema.to(self.processes.device)
+        if self.processes.rank == 0:
+            return build_network({**self.header, "ema": weights}, device=self.processes.device)
 
 
 def with_least_std(latents):
@@ -1465,18 +1444,16 @@ def validate_generator(task, model, codec, tokens, processes):
     """The validation loss over at most 1,000 centre views, shared among the processes. FSDP needs
     the same number of calls from each, so one without a block repeats the last, uncounted."""
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # of loss * images, of images
-    blocks = spread(tokens, 1000).split(64)
+    places, total = spread(tokens, 1000), torch.zeros((), dtype=torch.float64)
+    blocks = places.split(64)
     for first in range(0, len(blocks), processes.world):
         block = min(first + processes.rank, len(blocks) - 1)
-        part = blocks[block]
-        weight = len(part) * (block == first + processes.rank)
-        batch, labels = batch_of(tokens, part, processes.device)
+        batch, labels = batch_of(tokens, blocks[block], processes.device)
         with processes.autocast():
             loss = task.validation_loss(model, codec, batch, labels, block)
-        total += torch.tensor([loss.item() * weight, weight], dtype=torch.float64)
-    total = processes.sum(total)
-    return (total[0] / total[1]).item()
+        if block == first + processes.rank:
+            total += loss.item() * len(labels)
+    return processes.sum(total).item() / len(places)
 
 
 @torch.no_grad()
@@ -1489,7 +1466,7 @@ def sample_pictures(task, model, codec, labels, indices, seed, settings, process
     generators = [torch.Generator().manual_seed(seed_of(seed, index)) for index in indices]
     with processes.autocast():
         return task.sample(model.eval(), codec, labels.to(processes.device), generators,
-                           settings).cpu()
+                           **settings).cpu()
 
 
 # ---- The teacher of REPA ------------------------------------------------------------------------
@@ -1531,21 +1508,19 @@ def train_teacher(args, processes, images, val_images, path):
     if len(images.classes) < 2:
         raise UsageError("a classifier cannot learn from one class: sort the images into a folder "
                          "for each class, or take --repa-teacher dinov2_vitb14")
-    flags = argparse.Namespace(**{**vars(args), **CLASSIFIER, "grad_accum": 1,
-                                  "model": "classifier"})
-    flags.batch_size = min(flags.batch_size, len(images))
-    alone = processes._replace(rank=0, world=1)
+    flags = argparse.Namespace(**CLASSIFIER, model="classifier")
     torch.manual_seed(seed_of(args.seed, -1))
     device = processes.device
     network = {"num_classes": len(images.classes)}
     model = repa.Classifier(**network).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(flags, model)
+    keys = batch_keys(len(images), min(flags.batch_size, len(images)), 0, args.seed)
     batches = ((to_float(x, device), labels.to(device)) for x, labels in
-               load_batches(flags, alone, RandomCrops(images), 0))
+               load(args, processes, RandomCrops(images), keys))
     processes.say(f"first training a classifier of {len(images.classes)} classes as the teacher")
     bar = tqdm(batches, total=flags.steps, desc="teacher", disable=None)
     with building("the teacher"):
-        repa.train_classifier(model, iter(bar), optimizer, flags.steps, device)
+        repa.train_classifier(model, bar, optimizer, flags.steps)
     loader = DataLoader(Subset(val_images, spread(val_images, 1000).tolist()), 64)
     accuracy = repa.accuracy(model, ((to_float(x, device), y.to(device)) for x, y in loader))
     processes.say(f"the teacher names {accuracy:.1%} of the validation images")
@@ -1565,10 +1540,9 @@ def load_teacher(teacher, folder, processes):
             name = (f"classifier of {len(teacher['classes'])} classes, accuracy "
                     f"{teacher['accuracy']:.1%}")
         return build_network(teacher, device=processes.device), name
-    else:
-        name = str(teacher.get("source"))
-        with processes.in_turn(), building(f"--repa-teacher {name}"):
-            return repa.load_dinov2(name, folder).to(processes.device), name
+    name = str(teacher.get("source"))
+    with processes.in_turn(), building(f"--repa-teacher {name}"):
+        return repa.load_dinov2(name, folder).to(processes.device), name
 
 
 # ---- The loop -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import os
 import tracemalloc
 from argparse import Namespace
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -155,7 +156,7 @@ def test_find_images_is_sorted_and_counts_the_rest(tmp_path):
         paint(tmp_path / name)
     (tmp_path / "a" / "y.gif").touch()
     (tmp_path / "README").touch()
-    left_out = {}
+    left_out = Counter()
     assert [p.name for p in find_images(tmp_path, left_out)] == ["x.jpeg", "1.PNG", "2.png"]
     assert left_out == {"hidden": 1, ".gif": 1, "no suffix": 1}
 
@@ -258,4 +259,4 @@ def test_batches_resume_and_split_without_changing():
 def test_impossible_batches_are_refused(batch_size, world, words):
     args = Namespace(batch_size=batch_size, seed=0, grad_accum=1, num_workers=0)
     with pytest.raises(UsageError, match=words):
-        next(train.load_batches(args, train.ALONE._replace(world=world), range(50), 0))
+        next(train.load_batches(args, train.ALONE._replace(world=world), range(50), None))

@@ -213,7 +213,7 @@ def test_the_classifier_learns():
     rates = []
     optimizer.register_step_pre_hook(lambda *_: rates.append([g["lr"] for g in optimizer.param_groups]))
     batches = endless_batches()
-    assert train_classifier(model, batches, optimizer, 40, "cpu") is None
+    assert train_classifier(model, batches, optimizer, 40) is None
     assert all((p != old).any() for p, old in zip(model.parameters(), before))
     assert accuracy(model, itertools.islice(batches, 2)) > 0.9
     rates = torch.tensor(rates)
@@ -240,7 +240,7 @@ def test_a_classifier_that_diverges_says_so():
     model = Classifier(2, dim=32)
     torch.nn.init.constant_(model.head.weight, torch.nan)
     with pytest.raises(FloatingPointError, match="after 2 steps: lower"):
-        train_classifier(model, endless_batches(), torch.optim.SGD(model.parameters(), 0.1), 2, "cpu")
+        train_classifier(model, endless_batches(), torch.optim.SGD(model.parameters(), 0.1), 2)
 
 
 @pytest.mark.parametrize("image, grid", [
