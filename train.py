@@ -54,7 +54,7 @@ import time
 import uuid
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -708,9 +708,8 @@ def ignore_signals(worker):
 
     SIGTERM ends them after 30 seconds, since Python sends it to those that are left at its exit.
     """
-    for name in Interrupts.names:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in Interrupts.numbers:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
@@ -1553,11 +1552,11 @@ def fit(training, args, processes, saved, first_stage=False):
     training: a TokenizerTraining or GeneratorTraining. first_stage: whether a generator is trained
     next. Leaves OUT/log.csv and OUT/ckpt.pt, and returns the path of the latter.
     """
-    path, start = args.out / "ckpt.pt", 0
+    path = args.out / "ckpt.pt"
+    start = saved["step"] if saved else 0
     scaler = torch.amp.GradScaler(processes.device.type,
                                   enabled=processes.dtype == torch.float16)
     if saved:
-        start = saved["step"]
         load_training(training, scaler, saved)
     mend = "a lower --lr"
     if first_stage:
@@ -1566,21 +1565,21 @@ def fit(training, args, processes, saved, first_stage=False):
         log = Log(args.out / "log.csv", start, saved, processes, mend)
     bar = tqdm(total=args.steps, initial=start, desc=args.model, unit="step", smoothing=0.05,
                disable=processes.quiet())
-    entries = {name: saved[name] for name in ("latents",) if saved and name in saved}
 
-    with Interrupts() as interrupts:
+    with bar, Interrupts() as interrupts:
         for step in range(start, args.steps):
             torch.manual_seed(seed_of(args.seed, step, processes.rank))
             network, optimizer, is_critic = training.turn(step)
             network.train()
-            factor = schedule(args, step)
+            rate = args.lr * schedule(args, step)
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * factor
+                group.update(lr=rate, weight_decay=args.weight_decay)
 
             # Forward and backward, in as many micro-batches as it takes for the batch.
             for micro_step in range(args.grad_accum):
-                # The processes exchange gradients once a step, in its last micro-batch.
-                processes.synchronise(network, micro_step == args.grad_accum - 1)
+                # DistributedDataParallel exchanges gradients once a step, in its last micro-batch.
+                # (FSDP does in each: a process has no room for the gradients of the whole model.)
+                network.require_backward_grad_sync = micro_step == args.grad_accum - 1
                 with log.waiting():
                     batch = next(training.batches)
                 with processes.autocast():
@@ -1597,21 +1596,22 @@ def fit(training, args, processes, saved, first_stage=False):
                 log.add({"grad_norm": norm})
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             if not is_critic:
                 update_ema(training.ema, training.model, args.ema_decay, step)
 
             # Once in a while: log, validate, save.
-            done, row = step + 1, {}
+            done, row, entries = step + 1, {}, {}
             bar.update()
             stop = int(processes.largest(interrupts.signal))  # the signal's number, or 0
             saving = done % args.save_every == 0 or done == args.steps or stop
             validating = done % args.eval_every == 0 or (saving and not stop)
-            if done % args.log_every == 0 or validating or saving:
+            logging = done % args.log_every == 0
+            if logging or validating or saving:
                 log.check(done, training.ema)
-            if done % args.log_every == 0:
+            if logging:
                 row = log.means(done, args.batch_size)
-                row["lr"] = args.lr * factor
+                row["lr"] = rate
                 bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}")
             if validating:
                 try:
@@ -1621,8 +1621,6 @@ def fit(training, args, processes, saved, first_stage=False):
                 row.update(columns)
                 processes.say(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
                 log.restart_clock(done)
-            elif saving:
-                entries = {}  # those of an earlier validation describe other weights
             if row:
                 log.write({"step": done, **row})
             if saving:
@@ -1633,13 +1631,11 @@ def fit(training, args, processes, saved, first_stage=False):
                     save_checkpoint(path, state)
                 del state  # whole with --fsdp
             if stop and (done < args.steps or first_stage):
-                bar.close()
                 processes.barrier()
                 flag = "" if first_stage else " with --resume"
                 processes.say(f"{signal.Signals(stop).name}: saved {path} at step {done}; the same "
                               f"command{flag} continues from there")
                 sys.exit(128 + stop)
-    bar.close()
     processes.barrier()  # the others may read the checkpoint next
     return path
 
@@ -1665,7 +1661,7 @@ def update_ema(ema, model, decay, step):
 # ---- What the loop stands on: the optimizer -----------------------------------------------------
 
 def make_optimizer(args, network):
-    """AdamW or Muon over all parameters of `network`; the loop sets the learning rate."""
+    """AdamW or Muon over all parameters of `network`; the loop sets rate and decay anew."""
     betas = (0.9, 0.999 if args.model == "tokenizer" else 0.95)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(network.parameters(), lr=args.lr, betas=betas,
@@ -1765,10 +1761,10 @@ def orthogonalize(x):
 # ---- What the loop stands on: devices and processes ---------------------------------------------
 
 def pick_device(name):
-    available = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+        name = next(kind for kind in available if available[kind])
     if not available[name]:
         raise UsageError(f"--device {name}: this machine has none, use --device auto")
     return torch.device(name)
@@ -1866,7 +1862,7 @@ class Processes(NamedTuple):
     @contextlib.contextmanager
     def in_turn(self):
         """The first process of each machine goes ahead, and downloads; the others follow."""
-        first = self.world == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if not first:
             self.barrier()
         try:
@@ -1879,9 +1875,7 @@ class Processes(NamedTuple):
         """`network` with its gradients averaged over the processes."""
         if self.world == 1 or is_sharded(network):
             return network
-        local = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=local,
-                                                   gradient_as_bucket_view=True, **kwargs)
+        return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True, **kwargs)
 
     def shard(self, network):
         """Divide the parameters of `network` among the processes (FSDP), in place. Its layers and
@@ -1894,11 +1888,6 @@ class Processes(NamedTuple):
                 if not is_sharded(part):
                     fully_shard(part, mesh=mesh)
         fully_shard(network, mesh=mesh)
-
-    def synchronise(self, network, now):
-        """Say whether the next backward pass exchanges gradients. With FSDP every pass does, since
-        a process would otherwise have to keep the gradients of the whole model."""
-        network.require_backward_grad_sync = now  # what DistributedDataParallel looks at
 
     def require_shared(self, outputs, inputs):
         """Raise UsageError on every process if one does not see the files that rank 0 sees: a file
@@ -1967,10 +1956,11 @@ def is_sharded(module):
 
 def compile_networks(args, *networks):
     """What --compile asks for: torch.compile each network, in place, when it is first called."""
-    for network in networks if args.compile else ():
+    if args.compile:
         # The adaptive weight of the discriminator goes through the graph twice.
         torch._functorch.config.donated_buffer = False
-        network.compile()
+        for network in networks:
+            network.compile()
 
 
 def check_compiler(args):
@@ -1995,15 +1985,15 @@ class Interrupts:
     """Inside this context, a first signal to stop is only noted in `.signal`, so that the loop can
     save and leave; a second one acts. SIGHUP is a lost connection, SIGUSR1 Slurm's warning."""
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    numbers = [number for number in signal.Signals  # Windows lacks the last two
+               if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 
     def __enter__(self):
         self.signal, self.before = 0, {}
         with contextlib.suppress(ValueError):  # only a program's main thread may ask for signals
-            for name in self.names:
-                number = getattr(signal, name, None)  # Windows lacks two of them
-                nohup = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
-                if number is not None and not nohup:
+            for number in self.numbers:
+                nohup = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+                if not nohup:
                     self.before[number] = signal.signal(number, self.note)
         return self
 
@@ -2126,87 +2116,82 @@ def load_checkpoint(path, kind=None, quiet=False, **overrides):
             state = upgraded(state)
         elif state.get("format") != 2:
             state = released(state, Path(path), quiet, overrides)
-        check_checkpoint(state, path)
+    check_checkpoint(state, path)
     if kind and state["kind"] != kind:
         raise UsageError(f"{path} is the checkpoint of a {state['kind']}, not of a {kind}")
     return state
 
 
-def not_whole(path, reason):
-    return UsageError(f"{path} is not a whole checkpoint: {reason}")
-
-
 def check_checkpoint(state, path):
     """Raise UsageError for an entry that is missing or of another type, or does not fit the
     others. The flags become what the command line makes of them."""
-    check_entries(state, path)
-    if "latents" in state:
-        check_latents(state, path)
-    own = not state.get("public")
-    if own:
-        state["args"] = stored_args(state["args"], path)
-        check_network(state, path)
-    for part in ("tokenizer", "teacher"):
-        if part in state and state[part].get("kind") != "dinov2":
-            check_checkpoint(state[part], f"{path}, {part}")
-    if own and state["kind"] in TASKS:
-        check_tokens(state, path)
+    with building(f"{path} is not a whole checkpoint"):
+        check_entries(state)
+        if "latents" in state:
+            check_latents(state)
+        if not state.get("public"):
+            state["args"] = stored_args(state["args"])
+            check_network(state)
+            if state["kind"] in TASKS:
+                check_parts(state, path)
 
 
-def check_entries(state, path):
+def check_entries(state):
     types = {"kind": str, "args": dict, "network": dict, "step": int, "ema": dict, "classes": list}
     for name, wanted in types.items():
         if not isinstance(state.get(name), wanted) or isinstance(state[name], bool):
-            raise not_whole(path, f"its {name} is a {type(state.get(name)).__name__}, not a "
-                            f"{wanted.__name__}")
+            raise ValueError(f"its {name} is a {type(state.get(name)).__name__}, not a "
+                             f"{wanted.__name__}")
     if not isinstance(state.get("sampling", {}), dict):
-        raise not_whole(path, "its settings of sampling are no dictionary")
+        raise ValueError("its settings of sampling are no dictionary")
     if state["step"] < 0:
-        raise not_whole(path, f"step {state['step']}")
+        raise ValueError(f"step {state['step']}")
     names = state["classes"]
     count = state["network"].get("num_classes", len(names))
     texts = {name for name in names if isinstance(name, str)}
     if not names or not len(texts) == len(names) == count:
-        raise not_whole(path, f"{len(names)} names of {count} classes")
+        raise ValueError(f"{len(names)} names of {count} classes")
 
 
-def check_latents(state, path):
+def check_latents(state):
     """The statistics of z are finite numbers, one for each channel."""
     mean, std = (torch.tensor(state["latents"][name]) for name in ("mean", "std"))
-    d = len(state["ema"].get("quant_conv.bias", mean))
-    if state["network"].get("quantizer") == "vae":
-        d //= 2  # the vae's convolution gives a mean and a variance
+    d = len(state["network"].get("levels", mean))
     if mean.shape != (d,) or std.shape != (d,) or not (mean + std).isfinite().all():
-        raise not_whole(path, f"the statistics of its latents are not {d} numbers each")
+        raise ValueError(f"the statistics of its latents are not {d} numbers each")
 
 
-def check_network(state, path):
+def check_network(state):
     """The network that the checkpoint describes is the one whose weights it holds."""
-    kind, network, args = state["kind"], state["network"], state["args"]
+    kind, network = state["kind"], state["network"]
     if kind != "classifier":
-        for name in {"data", "image_size"} - args.keys():
-            raise not_whole(path, f"its flags lack {name}")
+        for name in {"data", "image_size"} - state["args"].keys():
+            raise ValueError(f"its flags lack {name}")
     layers = max(network.get(name, 0) for name in ("num_res_blocks", "n_layer", "depth"))
     if layers > len(state["ema"]):
-        raise not_whole(path, f"{layers} layers, and {len(state['ema'])} weights")
+        raise ValueError(f"{layers} layers, and {len(state['ema'])} weights")
     with torch.device("meta"):  # shapes without memory
         model = MODELS[kind](**network)
-    check_weights(model, state["ema"], f"{path}: the weights 'ema' of a {kind}")
-    needed = {"tokenizer": kind in TASKS, "teacher": kind in TASKS and args.get("repa_layer")}
-    for part in needed:
-        if needed[part] and not isinstance(state.get(part), dict):
-            raise not_whole(path, f"it lacks its {part}")
+    check_weights(model, state["ema"], f"the weights 'ema' of a {kind}")
 
 
-def check_tokens(state, path):
-    """A generator is for the tokens that its tokenizer makes."""
+def check_parts(state, path):
+    """A generator comes with the tokenizer whose tokens it draws, and if aligned with a teacher."""
+    parts = ["tokenizer"]
+    if state["args"].get("repa_layer"):
+        parts.append("teacher")
+    for part in parts:
+        if not isinstance(state.get(part), dict):
+            raise ValueError(f"it lacks its {part}")
+        if state[part].get("kind") != "dinov2":
+            check_checkpoint(state[part], f"{path}, {part}")
     network, codes = state["network"], state["tokenizer"]["network"]
     grid = [side // downsampling(codes) for side in state["args"]["image_size"]]
     fits = list(network["grid" if state["kind"] == "llamagen" else "input_size"]) == grid
     if state["kind"] == "dit":
         fits = fits and "latents" in state["tokenizer"]
     if not fits or misfit(state["kind"], network, codes):
-        raise not_whole(path, f"its {state['kind']} is for other tokens than its tokenizer makes")
+        raise ValueError(f"its {state['kind']} is for other tokens than its tokenizer makes")
 
 
 def misfit(kind, network, codes, quantizers=None):
@@ -2242,16 +2227,15 @@ def number_of_codes(network):
     return network.get("codebook_size") or math.prod(network["levels"])
 
 
-def stored_args(args, path):
+def stored_args(args):
     """The flags in a checkpoint, each of the type that the command line gives it."""
     parser = make_parser()
+    known = vars(parser.parse_args([]))
+    parser.set_defaults(**args)  # what is unset, or no flag of today, stays as it is
     try:
-        known = parser.parse_args([])
-        parsed = plain_args(parser.parse_args(as_argv(args, vars(known))))
+        return only(plain_args(parser.parse_args(as_argv(args, known))), args)
     except UsageError as error:
-        raise not_whole(path, error)
-    return {name: parsed[name] if name in parsed and value is not None and value is not False
-            else value for name, value in args.items()}
+        raise ValueError(error)
 
 
 def upgraded(state):
@@ -2283,8 +2267,8 @@ def released(state, path, quiet, overrides):
     Kind and sizes follow from the weights' names and shapes, `config`, and the config.json next to
     the file; the rest comes from `overrides` or, with a message, from the paper.
     """
-    config = {name: {} if value is None else value
-              for name, value in (state.get("config") or {}).items()}
+    config = defaultdict(dict)  # sections that it lacks are empty
+    config.update({name: value or {} for name, value in (state.get("config") or {}).items()})
     weights, model, said = public_weights(state)
     if "encoder.conv_in.weight" in weights:
         kind, describe = "tokenizer", public_tokenizer
@@ -2297,21 +2281,22 @@ def released(state, path, quiet, overrides):
         raise UsageError(f"{path} is no checkpoint of train.py, and its names ({names}, ...) are "
                          "those of no public tokenizer, LlamaGen or DiT")
     weights, entries, about = describe(path, weights, config, overrides)
+    if config.get("sample"):  # only our flags decide
+        about.append("its settings of sampling are not used")
     if not quiet:
         say_once(f"{path}: public {kind}; {'; '.join(about + said)}")
 
-    size = overrides.get("image_size") or config.get("data", {}).get("image_size")
-    args = {"data": None, "image_size": two_sides(size, path) if size else None}
-    args.update(entries.pop("args"))
+    size = overrides.get("image_size") or config["data"].get("image_size")
+    entries["args"].update(data=None, image_size=two_sides(size, path) if size else None)
     classes = range(entries["network"].get("num_classes", 0))
     last = {name: model.get(name, value) for name, value in weights.items()}
-    if kind == "llamagen" and args["image_size"] and args.get("downsample"):
-        entries["network"]["grid"] = [side // args["downsample"] for side in args["image_size"]]
+    if kind == "llamagen" and entries["args"]["image_size"] and entries["args"].get("downsample"):
+        entries["network"]["grid"] = [side // entries["args"]["downsample"]
+                                      for side in entries["args"]["image_size"]]
     step = state.get("current_step") or re.search(r"\d*$", path.stem)[0] or 0
-    args["batch_size"] = config.get("train", {}).get("global_batch_size")
-    return {"format": 2, "public": True, "kind": kind, "step": int(step), "args": args,
-            "classes": [str(i) for i in classes] or ["all"], "ema": weights, "model": last,
-            **entries}
+    entries["args"]["batch_size"] = config["train"].get("global_batch_size")
+    return {"format": 2, "public": True, "kind": kind, "step": int(step), "ema": weights,
+            "model": last, "classes": [str(i) for i in classes] or ["all"], **entries}
 
 
 def say_once(text):
@@ -2322,7 +2307,7 @@ def say_once(text):
 
 def two_sides(size, path):
     """[height, width] of an image size as a public configuration may have it: 256, [256, 256]."""
-    sides = list(size) if isinstance(size, (list, tuple)) else [size]
+    sides = size if isinstance(size, (list, tuple)) else [size]
     if len(sides) > 2 or not all(type(n) in (int, float) and n >= 1 and n % 1 == 0 for n in sides):
         raise UsageError(f"{path} has an image_size of {size!r}: name it with --image-size")
     return [int(sides[0]), int(sides[-1])]
@@ -2331,9 +2316,9 @@ def two_sides(size, path):
 def public_weights(state):
     """(the averaged weights, completed by the last ones; the last ones; words on what lacks)."""
     ema = find_weights(state, "ema", "ema_state_dict")
-    model = find_weights(state, "model", "model_state_dict", "state_dict", "gen_model")
-    if not ema and not model:
-        model = find_weights({"weights": state}, "weights")
+    # Last comes the file itself, which may be a bare state dict.
+    model = find_weights({**state, "bare": state}, "model", "model_state_dict", "state_dict",
+                         "gen_model", "bare")
     lacking = model.keys() - ema.keys()  # an average without the frozen encoder, for example
     if not ema:
         said = ["no averaged weights, the last ones take their place"]
@@ -2359,8 +2344,7 @@ def public_tokenizer(path, weights, config, overrides):
     about = network["quantizer"]
     if "alpha" in network:
         about += f", levels {network['levels']}, alpha {network['alpha']}"
-    flags = {name: network[name] for name in ("quantizer", "levels", "alpha", "edges")
-             if name in network}
+    flags = only(network, ("quantizer", "levels", "alpha", "edges"))
     flags["downsample"] = downsampling(network)
     weights = tokenizers.released_weights(weights)
     return weights, {"network": network, "args": flags}, [about]
@@ -2369,28 +2353,27 @@ def public_tokenizer(path, weights, config, overrides):
 def public_llamagen(path, weights, config, overrides):
     """As `public_tokenizer`."""
     network = llamagen.released_arguments(weights, overrides.get("heads"))
-    if config.get("vqvae"):
+    if config["vqvae"]:
         raise UsageError(f"{path} predicts tokens of VQ-16, for which there is no tokenizer here")
     entries = {"network": network, "args": {}}
     for section, quantizers in {"fsq": ["ifsq", "fsq"], "cusvq": ["vq"]}.items():
-        if config.get(section):
+        if config[section]:
             entries["quantizers"] = quantizers
             entries["args"]["downsample"] = config[section].get("downsample_ratio")
-    about = [in_words(network), *unused(config)]
-    return llamagen.released_weights(weights), entries, about
+    return llamagen.released_weights(weights), entries, [in_words(network)]
 
 
 def public_dit(path, weights, config, overrides):
     """As `public_tokenizer`. Its latents are z times one scale, and guided in three channels."""
-    switches = config.get("model")  # what it leaves out is off in the public code
+    switches = config["model"]  # what it leaves out is off in the public code
     rope = bool(switches.get("use_rope")) if switches else None
     network = dit.released_arguments(weights, overrides.get("heads"), rope)
     refuse_other_latents(path, config, network)
-    about, model = [in_words(network), *unused(config)], None
+    about, model = [in_words(network)], None
     if network["rope"] and "feat_rope.freqs_cos" not in weights:
         about.append("no table of RoPE, which is computed anew")
         model = dit.DiT(**network)
-    scale = overrides.get("latent_scale") or config.get("data", {}).get("latent_multiplier")
+    scale = overrides.get("latent_scale") or config["data"].get("latent_multiplier")
     if scale and not scale > 0:
         raise UsageError(f"{path} has latents times {scale}: give their scale with --latent-scale")
     if not scale:
@@ -2400,15 +2383,10 @@ def public_dit(path, weights, config, overrides):
     latents = {"mean": [0.0] * d, "std": [1 / scale] * d}
     entries = {"network": network, "args": {}, "latents": latents,
                "sampling": {"guide_channels": 3}}
-    if config.get("vae"):
+    if config["vae"]:
         fsq = config["vae"].get("vae_type", "fsq") == "fsq"
         entries["quantizers"] = ["ifsq", "fsq"] if fsq else ["vae"]
     return dit.released_weights(weights, model), entries, about
-
-
-def unused(config):
-    """A note if a public configuration sets how to sample, which only our flags decide."""
-    return ["its settings of sampling are not used"] if config.get("sample") else []
 
 
 def in_words(network):
@@ -2417,18 +2395,18 @@ def in_words(network):
 
 def refuse_other_latents(path, config, network):
     """Raise UsageError for a public DiT of other latents, or of another loss, than the paper's."""
-    vae = config.get("vae", {}).get("vae_type", "fsq")
-    transport = config.get("transport", {})
-    if network["learn_sigma"] or config.get("scheduler", {}).get("diffusion"):
+    vae = config["vae"].get("vae_type", "fsq")
+    transport = {"prediction": "velocity", "path_type": "Linear", **config["transport"]}
+    if network["learn_sigma"] or config["scheduler"].get("diffusion"):
         raise UsageError(f"{path} predicts the noise of SD-VAE latents and its variance, as "
                          "facebookresearch/DiT does: only DiTs of velocity on iFSQ's latents fit")
     if vae not in ("fsq", "vae", "cus_ae"):  # the last is the public code's name of its own VAE
         raise UsageError(f"{path} draws latents of {vae}, for which there is no tokenizer here")
-    other = transport.get("prediction") in ("noise", "score")  # all else is velocity there
-    if other or transport.get("path_type", "Linear") != "Linear":
-        raise UsageError(f"{path} predicts {transport.get('prediction')} on the path "
-                         f"{transport.get('path_type')}: only velocity on the linear path fits")
-    if config.get("data", {}).get("latent_norm"):
+    other = transport["prediction"] in ("noise", "score")  # all else is velocity there
+    if other or transport["path_type"] != "Linear":
+        raise UsageError(f"{path} predicts {transport['prediction']} on the path "
+                         f"{transport['path_type']}: only velocity on the linear path fits")
+    if config["data"].get("latent_norm"):
         raise UsageError(f"{path} was trained on latents normalised by statistics that it does not "
                          "hold: only a scale can be undone")
 
@@ -2437,26 +2415,23 @@ def find_weights(state, *names):
     """The first state dict under one of `names`, without the prefixes of DDP and compile."""
     for name in names:
         weights = state.get(name)
-        if isinstance(weights, dict) and isinstance(weights.get("gen_model"), dict):
-            weights = weights["gen_model"]
-        if not isinstance(weights, dict) or not weights:
-            continue
-        if all(isinstance(value, torch.Tensor) for value in weights.values()):
+        weights = weights.get("gen_model", weights) if isinstance(weights, dict) else {}
+        if weights and all(isinstance(value, torch.Tensor) for value in weights.values()):
             return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value
                     for key, value in weights.items()}
     return {}
 
 
 def check_weights(module, weights, what):
-    """Raise UsageError if the names or shapes of a state dict are not those of the module."""
-    wanted = module.state_dict()
-    wrong = [str(key) for key in wanted.keys() ^ weights.keys()]
-    wrong += [key for key in wanted.keys() & weights.keys()
-              if getattr(weights[key], "shape", None) != wanted[key].shape
-              or weights[key].is_floating_point() != wanted[key].is_floating_point()]
+    """Raise ValueError if the names or shapes of a state dict are not those of the module."""
+    def described(state):
+        return {(str(name), value.shape, value.is_floating_point())
+                for name, value in state.items()}
+
+    wrong = {name for name, *_ in described(module.state_dict()) ^ described(weights)}
     if wrong:
         names = ", ".join(sorted(wrong)[:4])
-        raise UsageError(f"{what} do not fit this model: {len(wrong)} are missing, unexpected or "
+        raise ValueError(f"{what} do not fit this model: {len(wrong)} are missing, unexpected or "
                          f"of another shape ({names})")
 
 
@@ -2474,13 +2449,12 @@ def build_network(checkpoint, weights="ema", what="the checkpoint", device="cpu"
 def load_weights(module, checkpoint, name, what="the checkpoint"):
     """module.load_state_dict(checkpoint[name]) with one line for what does not fit."""
     weights = checkpoint.get(name)
-    with building(f"{what} of a {checkpoint.get('kind')}"):
-        check_weights(module, weights,
-                      f"{what}: the weights {name!r} of a {checkpoint.get('kind')}")
+    with building(what):
+        check_weights(module, weights, f"the weights {name!r} of a {checkpoint.get('kind')}")
         broken = [key for key, value in weights.items() if not value.isfinite().all()]
         if broken:
-            raise UsageError(f"{what}: the weights {name!r} are not finite "
-                             f"({', '.join(broken[:3])}): take an earlier checkpoint")
+            raise ValueError(f"the weights {name!r} are not finite ({', '.join(broken[:3])}): "
+                             "take an earlier checkpoint")
         for key, tensor in module.state_dict().items():  # one at a time
             tensor.copy_(part_of(weights[key], tensor))
 
@@ -2511,8 +2485,8 @@ def undivided(tensor):
 
 def training_state(training, processes):
     """The states of all networks and optimizers; with --fsdp rank 0 has them, see whole_tensors."""
-    state = {name: module.state_dict() for name, module in training.modules.items()}
-    state |= {name: optimizer.state_dict() for name, optimizer in training.optimizers.items()}
+    parts = {**training.modules, **training.optimizers}
+    state = {name: part.state_dict() for name, part in parts.items()}
     return whole_tensors(state, processes.rank)
 
 
@@ -2551,12 +2525,10 @@ def load_optimizer(optimizer, state):
                 moments[name] = part_of(value, parameter).to(parameter.device, copy=True)
             if not fits:
                 raise UsageError(f"the optimizer's {name} does not fit parameter {number}")
-    own = optimizer.state_dict()["param_groups"]
-    if [group.keys() for group in own] != [group.keys() for group in state["param_groups"]]:
+    own, saved = optimizer.param_groups, state["param_groups"]
+    if [group.keys() for group in own] != [group.keys() for group in saved]:
         raise UsageError("the checkpoint was saved by another optimizer")
     optimizer.load_state_dict(state)
-    for group, asked in zip(optimizer.param_groups, own):  # the flag may have changed
-        group["weight_decay"] = asked["weight_decay"]
 
 
 class Log:
@@ -2574,34 +2546,41 @@ class Log:
                      for name, (total, count) in (saved["log"] if saved else {}).items()}
         self.restart_clock(start)
         if processes.rank == 0 and path.exists():
-            if saved and path.with_name("ckpt.pt").exists():
-                self.rows = self.read(start)
+            try:
+                if not saved or not path.with_name("ckpt.pt").exists():
+                    raise UsageError("of another run")
+                with building("edited"):
+                    self.rows = self.read(start)
+            except (UsageError, OSError) as error:
+                aside = path.with_name(f"log-{uuid.uuid4().hex[:8]}.csv")
+                os.replace(path, aside)
+                tqdm.write(f"{path} ({error}) is kept as {aside.name}, and a new one begins")
             else:
-                self.put_aside("of another run")
-            self.write_all()
+                self.write_all()
 
     def read(self, start):
         """The rows of an existing file up to step `start`."""
+        if not self.path.is_file():
+            raise ValueError("not a regular file")
         rows = []
-        try:
-            if not self.path.is_file():
-                raise ValueError("not a regular file")
-            for row in csv.DictReader(self.path.open(newline="", encoding="utf-8")):
-                values = {name: float(value) for name, value in row.items() if value != ""}
-                if None in row or not float(values["step"]).is_integer():
-                    raise ValueError(f"row {row}")
-                if values["step"] <= start:
-                    rows.append(row)
-        except (ValueError, KeyError, TypeError, OSError, csv.Error) as error:
-            self.put_aside(f"edited, {error}")
-            return []
+        for row in csv.DictReader(self.path.open(newline="", encoding="utf-8")):
+            values = {name: float(value) for name, value in row.items() if value != ""}
+            if not values["step"].is_integer():
+                raise ValueError(f"row {row}")
+            if values["step"] <= start:
+                rows.append(row)
         return rows
 
-    def put_aside(self, why):
-        """Rename the file, say why, and let a new one begin."""
-        aside = self.path.with_name(f"log-{uuid.uuid4().hex[:8]}.csv")
-        os.replace(self.path, aside)
-        tqdm.write(f"{self.path} ({why}) is kept as {aside.name}, and a new one begins")
+    def write(self, row):
+        """Append a row, a dictionary with any columns."""
+        if self.processes.rank > 0:
+            return
+        self.rows.append(row)
+        if self.path.is_file() and row.keys() <= set(self.columns):
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        else:
+            self.write_all()
 
     def write_all(self):
         """Write every row into a new file and put that in place of the old one."""
@@ -2611,17 +2590,6 @@ class Log:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
-
-    def write(self, row):
-        """Append a row, a dictionary with any columns."""
-        if self.processes.rank > 0:
-            return
-        self.rows.append(row)
-        if not self.path.is_file() or set(row) - set(self.columns):
-            self.write_all()
-            return
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns, restval="").writerow(row)
 
     def add(self, values):
         """Count {name: scalar tensor} into the means."""
@@ -2641,8 +2609,7 @@ class Log:
     def check(self, step, model):
         """Raise UsageError if a loss, a gradient or a weight is not finite."""
         bad = [name for name, (total, _) in self.state().items() if not math.isfinite(total)]
-        norms = torch._foreach_norm(list(model.parameters()))
-        if not torch.stack([undivided(norm) for norm in norms]).isfinite().all():
+        if not undivided(nn.utils.get_total_norm(model.parameters())).isfinite():
             bad.append("the weights")
         if bad:
             raise UsageError(f"{', '.join(bad)} became non-finite {self.advice(step)}")
@@ -2683,7 +2650,7 @@ TOKENIZER_FLAGS = ("quantizer", "levels", "alpha", "edges", "downsample", "hidde
 # (FREE), and with a word if they do (TUNABLE).
 FREE = ("out", "resume", "num_workers", "save_every", "eval_every", "log_every", "compile",
         "device", "cache_dir", "pretrained", "grad_checkpoint", "fsdp",
-        "skip_bad_images", "tokenizer_steps", "init_from", "help")
+        "skip_bad_images", "tokenizer_steps", "init_from")
 TUNABLE = ("data", "steps", "lr", "warmup", "cooldown", "grad_clip", "weight_decay", "disc_weight",
            "repa_weight", "ema_decay")
 PATHS = ("data", "tokenizer", "repa_teacher")  # the flags that may be spelled in many ways
@@ -2709,7 +2676,8 @@ RATE = number(float, 1e-12, 1e6)
 SHARE = number(float, 0, 1 - 1e-9, "share")
 PIXELS, LEVEL = number(int, 1, 2**14), number(int, 2, 2**16)
 WORKERS, SCALE = number(int, 0, 512), number(float, 1e-6, 1e6)
-SWITCH = argparse.BooleanOptionalAction  # a run that continues may turn it off with --no-...
+# A flag without a value, which a run that continues may turn off with --no-...
+SWITCH = dict(action=argparse.BooleanOptionalAction, default=False)
 
 
 def slope(text):
@@ -2743,11 +2711,10 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
 
         def add(name, help, type=None, metavar=None, **kwargs):
-            if "action" in kwargs:  # a switch
-                group.add_argument(name, help=help, **kwargs)
-            else:
-                group.add_argument(name, help=f"{help} (default: %(default)s)", type=type,
-                                   metavar=metavar, **kwargs)
+            if "action" not in kwargs:  # a switch takes no value
+                help += " (default: %(default)s)"
+                kwargs.update(type=type, metavar=metavar)
+            group.add_argument(name, help=help, **kwargs)
         return add
 
     def add_machine(self, dtype):
@@ -2756,7 +2723,7 @@ class Parser(argparse.ArgumentParser):
         add("--dtype", "arithmetic of the networks; auto: bf16 where the hardware has it",
             choices=["auto", "bf16", "fp16", "fp32"], default=dtype)
         add("--compile", "torch.compile the networks (evaluate.py: the tokenizer and DiT)",
-            action=SWITCH, default=False)
+            **SWITCH)
         add("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"], default="auto")
         add("--pretrained", "folder of pretrained weights: where they are looked for, and "
             "downloaded to", Path, "DIR", default=CACHE)
@@ -2780,7 +2747,7 @@ def make_parser():
     add("--num-workers", "processes that decode images; unset, 8 a GPU and 0 on a CPU",
         WORKERS, "N")
     add("--skip-bad-images", "read every image once at the start, and leave out the unreadable",
-        action=SWITCH, default=False)
+        **SWITCH)
 
     add = parser.add_group("tokenizer")
     add("--tokenizer", "trained tokenizer for a generator; unset, OUT/tokenizer/ckpt.pt, which is "
@@ -2819,9 +2786,9 @@ def make_parser():
     add("--cache-dir", "folder of the token caches; several machines share it", Path, "DIR",
         default=Path("out/cache"))
     add("--grad-checkpoint", "recompute each layer in the backward pass: less memory, a third "
-        "more time", action=SWITCH, default=False)
+        "more time", **SWITCH)
     add("--fsdp", "divide weights, gradients and optimizer of the generator among the processes",
-        action=SWITCH, default=False)
+        **SWITCH)
 
     add = parser.add_group("alignment of a generator with a vision encoder (REPA)")
     add("--repa-layer", "align the hidden state after layer K (the first is 1; a third of the "
@@ -2895,20 +2862,21 @@ def parse_args(argv=None):
     if decisive.help:
         parser.print_help()
         sys.exit(0)
-    before = parser.parse_args(stored)  # what the run or the tokenizer was trained with
+    before = vars(parser.parse_args(stored))  # what the run or the tokenizer was trained with
     args = parser.parse_args([*stored, *argv])
     args.out = out
     # The run may be continued, or measured, from another folder.
     if args.data not in BUILT_IN:
         args.data = os.path.abspath(args.data)
     for name in ("tokenizer", "repa_teacher"):
-        if getattr(args, name) and os.path.isfile(getattr(args, name)):
-            setattr(args, name, os.path.abspath(getattr(args, name)))
+        value = getattr(args, name)
+        if value and os.path.isfile(value):
+            setattr(args, name, os.path.abspath(value))
     if args.resume:
         args.resume = path
         refuse_changes(args, before, f"continue {path}", free=FREE, tunable=TUNABLE)
     elif args.tokenizer:
-        refuse_changes(args, only(vars(before), TOKENIZER_FLAGS), f"use {args.tokenizer}")
+        refuse_changes(args, only(before, TOKENIZER_FLAGS), f"use {args.tokenizer}")
     if args.repa_layer and args.repa_teacher == "auto":
         large = min(args.image_size) >= DINO_PX
         args.repa_teacher = "dinov2_vitb14" if large else "classifier"
@@ -2923,17 +2891,15 @@ def flags_of_run(path, asked):
         raise UsageError(f"--resume {path}: not a run of train.py: begin one with --init-from")
     if checkpoint["kind"] not in SIZES or asked not in (None, checkpoint["kind"]):
         raise UsageError(f"--resume {path}: this is the checkpoint of a {checkpoint['kind']}")
-    return {**checkpoint["args"], "resume": path, "out": None}
+    return checkpoint["args"]
 
 
 def flags_of_tokenizer(path, given):
     """The flags that follow from a tokenizer's checkpoint, or from a public file."""
     checkpoint = load_checkpoint(path, "tokenizer", quiet=True, levels=given.levels,
                                  alpha=given.alpha)
-    network, stored = checkpoint["network"], checkpoint["args"]
-    flags = {name: network.get(name, stored.get(name)) for name in TOKENIZER_FLAGS}
-    flags["downsample"] = downsampling(network)
-    flags["image_size"] = stored.get("image_size")
+    flags = only({**checkpoint["args"], **checkpoint["network"]}, (*TOKENIZER_FLAGS, "image_size"))
+    flags["downsample"] = downsampling(checkpoint["network"])
     return flags
 
 
@@ -2977,26 +2943,26 @@ def refuse_other_source(args, checkpoint, images, path, flag, names=()):
     """Raise UsageError if the first stage in `path` was trained on other images than those of this
     run, or with other flags `names`, image size or seed. The images may lie elsewhere by now."""
     purpose, mend = f"use {path}", f"name it with {flag} {path}, or remove it"
+    names = [*names, "image_size", "seed"]
     known, now = checkpoint.get("fingerprint"), fingerprint(images)
-    names = (*names, "image_size", "seed")
     if known is None or known != now:
-        refuse_changes(args, only(checkpoint["args"], ("data",)), purpose, mend)
-        if None not in (known, now):
-            raise UsageError(f"cannot {purpose}: it was trained on other images than are in --data "
-                             f"{args.data} now: {mend}")
+        names.append("data")
     refuse_changes(args, only(checkpoint["args"], names), purpose, mend)
+    if None not in (known, now) and known != now:
+        raise UsageError(f"cannot {purpose}: it was trained on other images than are in --data "
+                         f"{args.data} now: {mend}")
 
 
-def only(flags, names):
-    """Those of the flags that are in `names`, as a Namespace."""
-    return argparse.Namespace(**{name: flags[name] for name in names if name in flags})
+def only(entries, names):
+    """Those of the entries of a dictionary that are in `names`, and there."""
+    return {name: entries[name] for name in names if name in entries}
 
 
 def refuse_changes(args, before, purpose, mend="leave those flags out", free=(), tunable=()):
-    """Raise UsageError if flags differ from `before`. Those in `free` may change, and those in
-    `tunable` may change with a message."""
+    """Raise UsageError if flags differ from the dictionary `before`. Those in `free` may change,
+    and those in `tunable` may change with a message."""
     changed, tuned = [], []
-    for name, value in vars(before).items():
+    for name, value in before.items():
         now = getattr(args, name)
         if name in free or now == value:
             continue
@@ -3067,25 +3033,20 @@ def plain_args(args):
             for name, value in vars(args).items()}
 
 
-def first_stage_args(args, images, world):
-    """The flags of the tokenizer that is trained for a generator without --tokenizer.
+def first_stage(args, processes, splits):
+    """The path of OUT/tokenizer/ckpt.pt, trained or continued now if it is not finished.
 
-    images: how many there are, and so the largest batch. world: the number of processes.
+    It has the rates of its preset, and a batch that is not larger than the data set.
     """
     kind = "nano" if args.size == "nano" else "paper"
-    flags = {**vars(args), **SCHEDULES["tokenizer", kind], "model": "tokenizer", "size": kind,
-             "out": args.out / "tokenizer", "init_from": None, "resume": None, "fsdp": False,
-             "repa_layer": None, "compile": False}
-    flags["steps"] = args.tokenizer_steps or flags["steps"]
-    parts = args.grad_accum * world
-    fitting = min(flags["batch_size"], images) // parts * parts
-    flags["batch_size"] = fitting or parts
-    return argparse.Namespace(**flags)
-
-
-def first_stage(args, processes, splits):
-    """The path of OUT/tokenizer/ckpt.pt, trained or continued now if it is not finished."""
-    flags = first_stage_args(args, len(splits[0]), processes.world)
+    flags = argparse.Namespace(**{
+        **vars(args), **SCHEDULES["tokenizer", kind], "model": "tokenizer", "size": kind,
+        "out": args.out / "tokenizer", "init_from": None, "resume": None, "fsdp": False,
+        "repa_layer": None, "compile": False})
+    flags.steps = args.tokenizer_steps or flags.steps
+    parts = args.grad_accum * processes.world
+    largest = min(flags.batch_size, len(splits[0]))
+    flags.batch_size = max(parts, largest // parts * parts)
     path, saved = flags.out / "ckpt.pt", None
     if path.exists():
         saved = load_checkpoint(path, "tokenizer")
@@ -3127,7 +3088,7 @@ def train(args):
                 args.tokenizer or first_stage(args, processes, splits), "tokenizer",
                 levels=args.levels, alpha=args.alpha)
             training = GeneratorTraining(args, processes, saved, tokenizer, splits)
-        path = fit(training, args, processes, saved)
+        fit(training, args, processes, saved)
         processes.say(f"saved {path}; next: python evaluate.py {path}")
         return path
 
