@@ -37,8 +37,8 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 import time
-import uuid
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -82,8 +82,6 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
     size = checkpoint["args"]["image_size"]
     model = build_network(checkpoint, args.weights, path, processes.device)
     compile_networks(args, model.encoder, model.decoder)
-    if min(size) < 7:
-        raise UsageError(f"{path}: SSIM's window needs images of 7 px, these have {size}")
     data, split, images = open_evaluation(checkpoint, args, processes)
     places = spread(images, args.num_samples or len(images))
     metrics = {"psnr": psnr, "ssim": ssim}
@@ -99,15 +97,17 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
         metrics["floor"] = pca_floor(train_images, model)
 
     names = wanted(args, {"fid", "kid"})
-    originals = Measure(network, len(places), names) if network else None
-    rebuilt = Measure(network, len(places), names) if network else None
+    about = {"crop": f"{size[0]} x {size[1]}, centre (ADM)"}
+    measures = []
+    if network:
+        measures = [Measure(network, len(places), name=whose, **about)
+                    for whose in (f"{data}, {split}", "reconstructions")]
     pictures = Pictures(name, len(places), size, args, processes)
 
     def watch(part, x, y):
         pictures.put(part, y)
-        if network:
-            originals.update(x, part)
-            rebuilt.update(y, part)
+        for measure, batch in zip(measures, (x, y)):
+            measure.update(batch, part)
 
     with building(path):
         report = measure_tokenizer(model, images, places, processes, metrics, watch,
@@ -118,12 +118,9 @@ def evaluate_tokenizer(path, checkpoint, name, args, processes, network):
     bits = model.bits_per_image(*size)
     results = {"lpips": None, "floor": None, **report, "bits_per_pixel": bits / math.prod(size),
                "compression": 24 * math.prod(size) / bits, "distances": {"rfid": None}}
-    about = {"crop": f"{size[0]} x {size[1]}, centre (ADM)"}
-    if network:
-        results.update(compare(
-            originals.finish(processes, name=f"{data}, {split}", **about),
-            rebuilt.finish(processes, name="reconstructions", **about), args, names, processes,
-            "r"))
+    if measures:
+        originals, rebuilt = (measure.finish(processes) for measure in measures)
+        results.update(compare(originals, rebuilt, args, names, processes, "r"))
     if results["floor"] and results["psnr"] < results["floor"]:
         processes.say(f"{path}: its PSNR of {results['psnr']:.2f} dB is below the "
                       f"{results['floor']:.2f} dB of a linear PCA with as many values: it has not "
@@ -177,29 +174,28 @@ def pca_floor(images, model):
     mean = patches.mean(0)
     _, vectors = scipy.linalg.eigh(torch.cov(patches.T, correction=0).numpy())
     basis = torch.from_numpy(vectors[:, ::-1][:, :d].copy())                           # (3ff,d)
-    values = (patches - mean) @ basis                                                  # (N,d)
-    scalar = model.quantizer in ("ifsq", "fsq")
-    levels = model.levels[:basis.shape[1]] if scalar else None  # a patch may have fewer values
 
     def rounded(values, width):
-        """The nearest of L points spread evenly over [-width, width], channel by channel."""
-        half = (torch.tensor(levels) - 1) / 2
+        """For a scalar quantizer the nearest of L points spread evenly over [-width, width],
+        channel by channel; for the others the values as they are."""
+        if model.quantizer not in ("ifsq", "fsq"):
+            return values
+        half = (torch.tensor(model.levels[:len(width)]) - 1) / 2  # a patch may have fewer values
         return ((values / width).clamp(-1, 1) * half).round() / half * width
 
-    if levels:
-        std = values.std(0, correction=0).clamp(min=1e-9)
-        widths = std * torch.arange(1.0, 5.0, 0.25)[:, None]                           # (16,d)
-        errors = torch.stack([(rounded(values, w) - values).square().mean(0) for w in widths])
-        width = widths.gather(0, errors.argmin(0)[None])[0]                            # (d,)
+    values = (patches - mean) @ basis                                                  # (N,d)
+    std = values.std(0, correction=0).clamp(min=1e-9)
+    widths = std * torch.arange(1.0, 5.0, 0.25)[:, None]                               # (16,d)
+    errors = torch.stack([(rounded(values, w) - values).square().mean(0) for w in widths])
+    width = widths.gather(0, errors.argmin(0)[None])[0]                                # (d,)
 
     def floor(x, y):
         """x (B,3,H,W) in [0, 1] -> PSNR (B,) of its PCA."""
-        patches = F.pixel_unshuffle(x.cpu().double(), f).movedim(1, -1)                # (B,h,w,3ff)
-        values = (patches - mean) @ basis
-        if levels:
-            values = rounded(values, width)
+        x = x.cpu().double()
+        patches = F.pixel_unshuffle(x, f).movedim(1, -1)                               # (B,h,w,3ff)
+        values = rounded((patches - mean) @ basis, width)                              # (B,h,w,d)
         rebuilt = F.pixel_shuffle((values @ basis.T + mean).movedim(-1, 1), f)
-        return psnr(x.cpu().double(), (rebuilt.clamp(0, 1) * 255).round() / 255)
+        return psnr(x, (rebuilt.clamp(0, 1) * 255).round() / 255)
 
     return floor
 
@@ -253,9 +249,9 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
         reference = find_reference(trained["data"], about_validation, size, args, processes,
                                    network, references)
     if reference:
-        measure = Measure(network, len(labels), wanted(args))
-        check_alike(reference["about"], {"name": "the samples", "inception": network.label,
-                                         "preprocessing": network.preprocessing})
+        measure = Measure(network, len(labels), name=f"samples of {path}",
+                          crop=f"{size[0]} x {size[1]}")
+        check_alike(reference["about"], measure.about)
     judge = find_judge(checkpoint, args, processes)
     samples = Pictures(name, len(labels), size, args, processes, keep=True)
     right = torch.zeros(len(labels))
@@ -279,8 +275,7 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
                                   "classifier": judge.name}
     results["distances"] = {"random-fid" if args.inception == "random" else "gfid": None}
     if measure:
-        about = {"name": f"samples of {path}", "crop": f"{size[0]} x {size[1]}"}
-        results.update(compare(reference, measure.finish(processes, **about), args, wanted(args),
+        results.update(compare(reference, measure.finish(processes), args, wanted(args),
                                processes, "g"))
     batch_size = trained.get("batch_size")  # a public file may not tell it
     seen = batch_size and checkpoint["step"] * batch_size
@@ -325,17 +320,15 @@ def choose_settings(args, checkpoint, kinds, processes):
         flag = foreign[0].replace("_", "-")
         raise UsageError(f"--{flag} does not apply to {kind} checkpoints: leave it out")
     interval = given.pop("cfg_interval", None)
-    if interval is not None:
-        lengths = {"llamagen": 1, "dit": 2}
-        if len(interval) not in [lengths[k] for k in kinds]:
+    if interval:
+        takes = {1: "llamagen", 2: "dit"}.get(len(interval))
+        if takes not in kinds:
             raise UsageError(f"--cfg-interval takes one token for llamagen and two times for dit, "
                              f"not {interval}")
-        if len(interval) == lengths[kind]:
-            given["cfg_interval"] = tuple(interval)
-            if kind == "llamagen":
-                if not interval[0].is_integer():
-                    raise UsageError(f"--cfg-interval of llamagen is a whole token, not {interval}")
-                given["cfg_interval"] = int(interval[0])
+        if takes == "llamagen" and not interval[0].is_integer():
+            raise UsageError(f"--cfg-interval of llamagen is a whole token, not {interval}")
+        if takes == kind:
+            given["cfg_interval"] = tuple(interval) if kind == "dit" else int(interval[0])
     settings.update({name: value for name, value in given.items() if name in settings})
     if checkpoint.get("public"):
         settings["cfg_scale"] = max(1.0, settings["cfg_scale"])  # the public code guides above 1
@@ -361,7 +354,7 @@ def choose_labels(args, classes):
                              f"classes {', '.join(classes[:5])}, ...")
     count = args.num_samples or len(chosen) or 1000
     if chosen:
-        return torch.tensor(chosen).repeat(-(-count // len(chosen)))[:count]
+        return torch.tensor(chosen)[torch.arange(count) % len(chosen)]
     if args.labels == "random":
         generator = torch.Generator().manual_seed(seed_of(args.seed, -1))
         return torch.randint(len(classes), (count,), generator=generator)
@@ -436,8 +429,8 @@ def probe(task, model, codec, tokens, teacher, args, processes, topk=10):
         raise UsageError(f"--probe compares each image with its {topk} neighbours, and there are "
                          f"{len(chosen)} images: add some")
     seen = torch.zeros(len(chosen), network.dim)
-    pooled = [torch.zeros(len(chosen), model.dim) for _ in layers]
-    similarities = torch.zeros(2, len(layers), dtype=torch.float64)
+    pooled = torch.zeros(model.depth, len(chosen), model.dim)
+    similarities = torch.zeros(2, model.depth, dtype=torch.float64)
     for block in processes.mine(torch.arange(len(chosen)).split(args.batch_size)):
         batch, labels = batch_of(tokens, chosen[block], device)
         x = to_float(batch_of(tokens.images, chosen[block], device)[0], device)
@@ -446,12 +439,10 @@ def probe(task, model, codec, tokens, teacher, args, processes, topk=10):
         with processes.autocast():
             states = task.states(model, codec, batch, labels, layers, generators)  # a (B,T,C) each
             seen[block] = network.features(x, model.grid).float().mean(1).cpu()
-        for rows, state in zip(pooled, states):
-            rows[block] = state.float().mean(1).cpu()
-        for shift in (0, 1):
-            cosines = torch.tensor(repa.token_similarity(states, shift), dtype=torch.float64)
-            similarities[shift] += len(block) * cosines
-    seen, *pooled = [processes.sum(rows) for rows in (seen, *pooled)]  # one process wrote each row
+        pooled[:, block] = torch.stack([state.float().mean(1) for state in states]).cpu()
+        cosines = [repa.token_similarity(states, shift) for shift in (0, 1)]
+        similarities += len(block) * torch.tensor(cosines, dtype=torch.float64)
+    seen, pooled = processes.sum(seen), processes.sum(pooled)  # one process wrote each row
     sts, nts = (processes.sum(similarities) / len(chosen)).tolist()
     return {"teacher": name, "images": len(chosen), "topk": topk, "pooling": "mean over tokens",
             "timestep": task.probe_time,
@@ -527,8 +518,9 @@ def is_image_set(path):
     return Path(path).is_dir() or Path(path).suffix == ".npz"
 
 
-STATISTICS = {"mu": 2048, "sigma": 2048, "mu_s": 2023, "sigma_s": 2023, "features": 2048,
-              "class_sums": 1010}  # the arrays of a file of statistics, and their last dimension
+STATISTICS = {  # the arrays of a file of statistics, and their shapes
+    "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023),
+    "features": (None, 2048), "class_sums": (None, 1010)}
 NEEDED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "kid": ("features",),
           "pr": ("features",), "is": ("class_sums",)}  # which of them a metric takes
 
@@ -544,22 +536,19 @@ def open_npz(path):
                 if not {"mu", "sigma"} <= set(names) and "arr_0" not in names:
                     raise UsageError(f"{path} holds {', '.join(names[:4]) or 'nothing'}: neither "
                                      "images (arr_0) nor statistics (mu and sigma)")
-                stored = {name: torch.from_numpy(archive[name])
-                          for name in STATISTICS if name in names}
-                for pair in NEEDED["fid"], NEEDED["sfid"]:  # a mean alone is of no use
-                    if not stored.keys() >= set(pair):
-                        stored = {name: stored[name] for name in stored if name not in pair}
+                stored = {}
+                for needed in dict.fromkeys(NEEDED.values()):
+                    if set(needed) <= set(names):  # a mean alone is of no use
+                        stored.update({name: torch.from_numpy(archive[name]) for name in needed})
                 about = json.loads(str(archive["about"])) if "about" in names else {}
                 array = archive["arr_0"] if "arr_0" in names else None
         except (OSError, MemoryError) as error:
             raise UsageError(f"{path} cannot be read as .npz ({error})")
         for name, value in stored.items():
-            size = STATISTICS[name]
-            rows = {"mu": (), "mu_s": (), "sigma": (size,), "sigma_s": (size,)}
-            shape = (*rows.get(name, value.shape[:1]), size)
+            shape = tuple(side or len(value) for side in STATISTICS[name])
             if value.shape != shape or not value.isfinite().all():
                 raise UsageError(f"{path}: its {name} is not of Inception features "
-                                 f"({size} finite numbers a row)")
+                                 f"({shape[-1]} finite numbers a row)")
         if array is not None and (array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape
                                   or array.dtype != np.uint8):
             raise UsageError(f"{path}: arr_0 is {array.dtype} {array.shape}, but images are uint8 "
@@ -601,23 +590,23 @@ def open_set(source, args, processes, crop_to=None, split="all"):
 
 
 def measure_set(opened, args, processes, network, names):
-    """What `open_set` returned -> its statistics for the metrics `names`.
+    """What `open_set` returned -> its statistics, which suffice for the metrics `names`.
 
     network: a function that returns Inception, not called if the statistics are stored.
     """
     about, stored, images = opened
     if stored:
-        names = {name for name in names if not stored.keys() >= set(NEEDED[name])}
-        if images is None or not names:
+        suffices = all(stored.keys() >= set(NEEDED[name]) for name in names)
+        if images is None or suffices:
             return stored
-    measure = Measure(network(), len(images), names)
+    measure = Measure(network(), len(images), **about)
     mine = processes.mine(torch.arange(len(images)))
     loader = DataLoader(Subset(images, mine.tolist()), args.batch_size, collate_fn=list,
                         num_workers=args.num_workers)
     for part, batch in zip(mine.split(args.batch_size), tqdm(
             loader, desc=f"measuring {about['name']}", disable=processes.quiet())):
         measure.update([picture for picture, _ in batch], part)
-    measured = measure.finish(processes, **about)
+    measured = measure.finish(processes)
     if not stored:
         return measured
     # An ADM file may hold statistics of more images than it holds: those are kept.
@@ -626,20 +615,22 @@ def measure_set(opened, args, processes, network, names):
 
 
 class Measure:
-    """Runs `count` images, in any parts and any order, through Inception for the metrics `names`.
+    """Runs `count` images, in any parts and any order, through Inception.
 
-    `finish` returns a dictionary of statistics, which is also what a saved file holds: mu, sigma
-    (mu_s, sigma_s) for the Frechet distances, features (N,2048), class_sums, and `about`.
+    `finish` returns a dictionary of statistics, which is also what a saved file holds: mu, sigma,
+    mu_s and sigma_s for the Frechet distances, features (N,2048), class_sums, and `about`, which
+    holds what else was given here (the set's name, its crop) and what the numbers depend on.
     """
 
-    def __init__(self, network, count, names):
+    def __init__(self, network, count, **about):
         if count < 2:
             raise UsageError(f"{count} image: a covariance takes at least 2, so add more")
-        self.network, self.count, self.names = network, count, names
+        self.network = network
+        self.about = {**about, "images": count, "preprocessing": network.preprocessing,
+                      "inception": network.label}
         self.features = torch.zeros(count, 2048)
-        self.spatial = torch.zeros(count if "sfid" in names else 0, 2023)
-        splits = -(-count // 5000) if "is" in names else 0
-        self.classes = torch.zeros(splits, 1010, dtype=torch.float64)
+        self.spatial = torch.zeros(count, 2023)
+        self.classes = torch.zeros(-(-count // 5000), 1010, dtype=torch.float64)
         self.digest = torch.zeros((), dtype=torch.int64)
 
     def update(self, images, indices):
@@ -649,26 +640,18 @@ class Measure:
             self.digest += int.from_bytes(hashlib.sha256(content).digest()[:5], "little")
         pool, spatial, logits = self.network(images)
         self.features[indices] = pool.cpu()
-        if len(self.spatial):
-            self.spatial[indices] = spatial.cpu()
-        if len(self.classes):
-            self.classes += class_sums(logits.cpu(), indices // 5000, len(self.classes))
+        self.spatial[indices] = spatial.cpu()
+        self.classes += class_sums(logits.cpu(), indices // 5000, len(self.classes))
 
-    def finish(self, processes, **about):
+    def finish(self, processes):
         """The statistics over all processes, tensors on the CPU."""
         features = processes.sum(self.features)  # one process wrote each row: exact
-        result = {"features": features, "mu": features.double().mean(0),
-                  "sigma": torch.cov(features.double().T)}
-        if len(self.spatial):
-            spatial = processes.sum(self.spatial).double()
-            result.update(mu_s=spatial.mean(0), sigma_s=torch.cov(spatial.T))
-        if len(self.classes):
-            result["class_sums"] = processes.sum(self.classes)
+        spatial = processes.sum(self.spatial).double()
         digest = processes.sum(self.digest).item()
-        result["about"] = {**about, "images": self.count, "sha256_sum": f"{digest:016x}",
-                           "preprocessing": self.network.preprocessing,
-                           "inception": self.network.label}
-        return result
+        return {"features": features, "mu": features.double().mean(0),
+                "sigma": torch.cov(features.double().T), "mu_s": spatial.mean(0),
+                "sigma_s": torch.cov(spatial.T), "class_sums": processes.sum(self.classes),
+                "about": {**self.about, "sha256_sum": f"{digest:016x}"}}
 
 
 def wanted(args, default=INCEPTION_METRICS):
@@ -971,10 +954,9 @@ def load_inception(args, processes):
     path = Path(args.inception or args.pretrained / INCEPTION_FILE)
     if args.inception == "random":
         generator = torch.Generator().manual_seed(0)
-        for weight in network.parameters():  # norms and biases stay 1 and 0
+        for weight in network.parameters():  # norms stay 1 and 0, and fc's bias is not used
             if weight.ndim > 1:
                 nn.init.kaiming_normal_(weight, generator=generator)
-        network.fc.bias.zero_()
         network.label = "random"
     else:
         if args.inception:
@@ -991,16 +973,16 @@ def load_inception(args, processes):
 
 
 def try_inception(args, processes):
-    """(network, ""), or None and one line why not; UsageError if it was asked for by name."""
-    if args.metrics and not INCEPTION_METRICS & set(args.metrics):
-        return None, ""
+    """The network, or None and one line why not; UsageError if it was asked for by name."""
+    if not wanted(args):
+        return None
     try:
-        return load_inception(args, processes), ""
+        return load_inception(args, processes)
     except UsageError as error:
         if args.metrics or args.inception:
             raise
-        return None, (f"fid, sfid, kid, is, precision, recall n/a: {error}, or name the file with "
-                      "--inception (--inception random shows trends)")
+        say_once(f"fid, sfid, kid, is, precision, recall n/a: {error}, or name the file with "
+                 "--inception (--inception random shows trends)")
 
 
 # ---- Samples, tables and pictures ---------------------------------------------------------------
@@ -1015,30 +997,31 @@ class Pictures:
     def __init__(self, name, count, size, args, processes, keep=False):
         self.args, self.processes, self.shape = args, processes, (count, *size, 3)
         self.folder = args.out / name
-        self.path = args.out / f".{name}-{processes.agree(uuid.uuid4().hex)}.npy"
-        self.drafts = self.path.with_suffix("")  # a folder of .png files until all are there
         self.needed = keep or args.save_npz or args.save_images
-        if self.needed and processes.rank == 0:
+        if not self.needed:
+            return
+        drafts = processes.agree_on(lambda: tempfile.mkdtemp(prefix=f".{name}-", dir=args.out))
+        self.drafts = Path(drafts)  # a folder of all that is not whole yet
+        self.path = self.drafts / "pictures"
+        if processes.rank == 0:
             # Called by `finish`, or when the evaluation fails and this object goes.
-            self.tidy = weakref.finalize(self, remove, self.path, self.drafts)
-            np.lib.format.open_memmap(self.path, "w+", np.uint8, self.shape).flush()
+            self.tidy = weakref.finalize(self, shutil.rmtree, drafts, ignore_errors=True)
+            np.memmap(self.path, np.uint8, "w+", shape=self.shape).flush()
         processes.barrier()
 
     def put(self, places, pictures):
         """pictures (B,3,H,W) uint8 at the places (B,) of the N."""
         if not self.needed:
             return
-        offset, size = self.array().offset, math.prod(self.shape[1:])
         with open(self.path, "r+b") as file:  # plain writes: a full disk is an error, not a crash
             for place, picture in zip(places.tolist(), pictures.permute(0, 2, 3, 1).numpy()):
-                file.seek(offset + place * size)
+                file.seek(place * picture.nbytes)
                 file.write(picture.tobytes())
                 if self.args.save_images:
-                    self.drafts.mkdir(exist_ok=True)
                     Image.fromarray(picture).save(self.drafts / f"{place:06d}.png")
 
     def array(self):
-        return np.load(self.path, mmap_mode="r")
+        return np.memmap(self.path, np.uint8, "r", shape=self.shape)
 
     def finish(self, labels):
         """Call it when all pictures are there. labels: N integers for the .npz."""
@@ -1052,15 +1035,9 @@ class Pictures:
             self.folder.mkdir(exist_ok=True)
             for old in self.folder.glob("[0-9]" * 6 + ".png"):
                 old.unlink()
-            for draft in self.drafts.iterdir():
+            for draft in self.drafts.glob("*.png"):
                 draft.rename(self.folder / draft.name)
         self.tidy()
-
-
-def remove(file, folder):
-    """Remove both, if they are there."""
-    file.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def draw_classes(path, samples, labels, classes):
@@ -1101,27 +1078,25 @@ def draw_curves(path, panels, xlabel):
     goes through their mean, and a bar is the mean's 95% interval. Without xlabel, the x are names,
     which stand below their dots, and there is no line. Several curves have a legend.
     """
-    palette = itertools.cycle(["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf",
-                               "#7f7f7f"])
-    colours = {}
-    for curves in panels.values():
-        for name in curves:
-            colours.setdefault(name, next(palette))
-    zoom, w, h, font = 2, 340, 230, ImageFont.load_default(size=20)  # twice the size: smooth lines
+    palette = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f"]
+    names = dict.fromkeys(name for curves in panels.values() for name in curves)
+    colours = dict(zip(names, itertools.cycle(palette)))
+    legend = colours if len(colours) > 1 else {}
+    w, h = 680, 460  # of a panel. All is drawn at twice its size, which makes smooth lines.
     rows = -(-len(panels) // 3)
-    legend = list(colours.items()) if len(colours) > 1 else []
-    height = rows * h + 16 * len(legend) + 8
-    sheet = Image.new("RGB", (zoom * w * min(3, len(panels)), zoom * height), "white")
+    size = (w * min(3, len(panels)), h * rows + 32 * len(legend) + 16)
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
+    pen.font = ImageFont.load_default(size=20)
     for place, (title, curves) in enumerate(panels.items()):
-        box = (place % 3 * w + 52, place // 3 * h + 26, place % 3 * w + w - 14,
-               place // 3 * h + h - 36)
-        draw_panel(pen, [zoom * v for v in box], title, curves, colours, xlabel, font)
-    for row, (name, colour) in enumerate(legend):
-        y = zoom * (rows * h + 16 * row + 8)
-        pen.line((zoom * 20, y, zoom * 44, y), fill=colour, width=6)
-        pen.text((zoom * 50, y), name, fill="black", font=font, anchor="lm")
-    sheet.resize((sheet.width // zoom, sheet.height // zoom), Image.Resampling.LANCZOS).save(path)
+        left, top = place % 3 * w, place // 3 * h
+        box = (left + 104, top + 52, left + w - 28, top + h - 72)
+        draw_panel(pen, box, title, curves, colours, xlabel)
+    for row, (name, colour) in enumerate(legend.items()):
+        y = h * rows + 32 * row + 16
+        pen.line((40, y, 88, y), fill=colour, width=6)
+        pen.text((100, y), name, fill="black", anchor="lm")
+    sheet.reduce(2).save(path)
 
 
 def interval(values):
@@ -1135,48 +1110,49 @@ def interval(values):
     return middle - width, middle + width
 
 
-def draw_panel(pen, box, title, curves, colours, xlabel, font):
+def draw_panel(pen, box, title, curves, colours, xlabel):
     """One plot of `draw_curves` in the box (left, top, right, bottom)."""
     left, top, right, bottom = box
-    order = list(dict.fromkeys(x for x_values, _ in curves.values() for x in x_values))
-    curves = {name: (list(x) if xlabel else [order.index(label) for label in x],
-                     [np.atleast_1d(values) for values in y])
-              for name, (x, y) in curves.items()}
-    xs = [x for x_values, _ in curves.values() for x in x_values]
-    ys = [y for _, y_values in curves.values() for values in y_values
-          for y in [*values.tolist(), *interval(values)]]
-    x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
+    names = dict.fromkeys(x for x_values, _ in curves.values() for x in x_values)
+    place = {x: x if xlabel else i for i, x in enumerate(names)}  # on the axis
+    dots = {name: [(place[x], np.atleast_1d(values)) for x, values in zip(x_values, y_values)]
+            for name, (x_values, y_values) in curves.items()}
+    ys = [y for points in dots.values() for _, values in points
+          for y in (*values, *interval(values))]
+    x0, x1 = min(place.values()), max(place.values())
     room = 0.06 * (max(ys) - min(ys)) or 0.1 * abs(max(ys)) or 1.0  # no dot lies on the frame
     y0, y1 = min(ys) - room, max(ys) + room
     if 0 < min(ys) < max(ys) / 2:  # the ratio of such values means something
         y0 = 0.0
 
     def at(x, y):
-        return (left + (0.03 + 0.94 * (x - x0) / (x1 - x0)) * (right - left),
-                bottom - (y - y0) / (y1 - y0) * (bottom - top))
+        return (np.interp(x, (x0, x1), (left + 16, right - 16)),
+                np.interp(y, (y0, y1), (bottom, top)))
 
     pen.rectangle(box, outline="#999999", width=2)
-    pen.text(((left + right) / 2, top - 8), title, fill="black", font=font, anchor="mb")
-    pen.text(((left + right) / 2, bottom + 32), xlabel, fill="black", font=font, anchor="mt")
+    middle = (left + right) / 2
+    pen.text((middle, top - 8), title, fill="black", anchor="mb")
+    pen.text((middle, bottom + 32), xlabel, fill="black", anchor="ma")
     for y in ticks(y0, y1):
+        _, height = at(x0, y)
         colour = "#999999" if y == 0 else "#e8e8e8"
-        pen.line((left + 2, at(x0, y)[1], right - 2, at(x0, y)[1]), fill=colour, width=2)
-        pen.text((left - 8, at(x0, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
-    for x in ticks(x0, x1) if xlabel else []:
-        pen.text((at(x, y0)[0], bottom + 8), f"{x:.4g}", fill="black", font=font, anchor="mt")
-    for x, label in enumerate(order) if not xlabel else []:
-        text = label.replace(" ", "\n")
-        pen.text((at(x, y0)[0], bottom + 8), text, fill="black", font=font, anchor="ma",
-                 align="center")
-    for name, (x_values, y_values) in curves.items():
-        line = [at(x, values.mean()) for x, values in zip(x_values, y_values)]
+        pen.line((left + 2, height, right - 2, height), fill=colour, width=2)
+        pen.text((left - 8, height), f"{y:.4g}", fill="black", anchor="rm")
+    marks = {x: f"{x:.4g}" for x in ticks(x0, x1)}
+    if not xlabel:
+        marks = {i: name.replace(" ", "\n") for name, i in place.items()}
+    for x, text in marks.items():
+        across, _ = at(x, y0)
+        pen.text((across, bottom + 8), text, fill="black", anchor="ma", align="center")
+    for name, points in dots.items():
+        colour = colours[name]
         if xlabel:
-            pen.line(line, fill=colours[name], width=4, joint="curve")
-        for x, values in zip(x_values, y_values):
-            low, high = interval(values)
-            pen.line([at(x, low), at(x, high)], fill=colours[name], width=2)
-            for px, py in (at(x, y) for y in values):
-                pen.ellipse((px - 5, py - 5, px + 5, py + 5), fill=colours[name])
+            line = [at(x, values.mean()) for x, values in points]
+            pen.line(line, fill=colour, width=4, joint="curve")
+        for x, values in points:
+            pen.line([at(x, end) for end in interval(values)], fill=colour, width=2)
+            for y in values:
+                pen.circle(at(x, y), 5, fill=colour)
 
 
 def describe(path, checkpoint, args, results, **settings):
@@ -1198,28 +1174,26 @@ def report_name(path):
 
 
 @contextlib.contextmanager
-def free_name(name, paths, args, processes, used):
-    """Yield the name of a report: `name`, or name-2, ... if it is `used` or a report of other paths
-    has it. A file without results reserves it, since other calls may be running."""
-    paths = paths_of(paths)
-    unfinished, taken = json.dumps({"paths": paths}), False
+def free_name(name, paths, args, processes):
+    """Yield the name of a report: `name`, or name-2, ... if a report of other paths has it. A file
+    without results reserves it, since other calls may be running."""
+    paths, taken = paths_of(paths), False
     args.out.mkdir(parents=True, exist_ok=True)
     for i in itertools.count(1):
         candidate = name if i == 1 else f"{name}-{i}"
-        if candidate in used:
-            continue
         file = args.out / f"{candidate}.json"
         if processes.rank == 0:
             with contextlib.suppress(FileExistsError), open(file, "x") as stub:
                 taken = True
-                stub.write(unfinished)
+                json.dump({"paths": paths}, stub)
         if processes.agree(taken or paths_in(file) == paths):  # an earlier report is replaced
             break
     try:
         yield candidate
-    finally:
-        if taken and file.exists() and file.read_bytes() == unfinished.encode():
-            file.unlink()
+    except BaseException:  # an interrupt, too
+        if taken:
+            file.unlink(missing_ok=True)
+        raise
 
 
 def paths_in(file):
@@ -1253,17 +1227,17 @@ def table_row(name, report):
     if report["kind"] == "tokenizer":
         codes = results["codes"]
         row.update(quantizer=report["training"].get("quantizer", "-"),
-                   images=str(results["images"]), psnr=form(results["psnr"], ".2f"),
-                   floor=form(results["floor"], ".2f"), ssim=form(results["ssim"], ".4f"),
+                   images=str(results["images"]), psnr=f"{results['psnr']:.2f}",
+                   floor=form(results["floor"], ".2f"), ssim=f"{results['ssim']:.4f}",
                    lpips=form(results["lpips"], ".4f"), **distances)
         if codes:
             least = min(channel["use"] for channel in codes["channels"])
             row.update({"codes": f"{codes['codes_used']}/{codes['codebook_size']}",
                         "entropy": f"{codes['entropy_bits']:.2f}/{codes['bits_per_token']:.2f}",
                         "min use": f"{least:.3f}"})
-        row.update({"bits/px": form(results["bits_per_pixel"], ".3f"),
-                    "ratio": form(results["compression"], ".1f"),
-                    "img/s": form(results["images_per_s"], ".0f")})
+        row.update({"bits/px": f"{results['bits_per_pixel']:.3f}",
+                    "ratio": f"{results['compression']:.1f}",
+                    "img/s": f"{results['images_per_s']:.0f}"})
         return row
     share = results.get("class_share", {})
     row.update({"model": f"{report['kind']} {report['training'].get('size', '')}",
@@ -1275,8 +1249,8 @@ def table_row(name, report):
                 "cfg": f"{report['sampling']['cfg_scale']:g}", **distances,
                 "in class": form(share.get("samples"), ".1%"),
                 "(real)": form(share.get("real"), ".1%"),
-                "img/s": form(results["images_per_s"], ".1f"),
-                "tok/s": form(results["tokens_per_s"], ".0f")})
+                "img/s": f"{results['images_per_s']:.1f}",
+                "tok/s": f"{results['tokens_per_s']:.0f}"})
     return row
 
 
@@ -1442,25 +1416,21 @@ def load_all(args):
         if checkpoint["kind"] == "classifier":
             raise UsageError(f"{path} is a classifier, the teacher of a generator: give the "
                              "checkpoint of a generator or tokenizer")
+        stated = checkpoint["args"]
+        if checkpoint["kind"] != "dit" and not stated.get("image_size"):  # DiT's latents tell it
+            say_once(f"{path}: no image size, 256 px as in the paper (--image-size)")
+            stated["image_size"] = [256, 256]
         if checkpoint["kind"] != "tokenizer" and "tokenizer" not in checkpoint:
             if not args.tokenizer:
                 raise UsageError(f"{path} holds a generator without its tokenizer: name that with "
                                  "--tokenizer")
             tokenizer = load_checkpoint(args.tokenizer, "tokenizer", **overrides)
             checkpoint = with_tokenizer(path, checkpoint, tokenizer)
-        if not checkpoint["args"].get("image_size"):
-            checkpoint["args"]["image_size"] = unstated_size(path)
         checkpoints[path] = checkpoint
     if given and not any(checkpoint.get("public") for checkpoint in checkpoints.values()):
         raise UsageError(f"--{given[0].replace('_', '-')} is for files of the public code, and "
                          f"{args.checkpoints[0]} holds all its settings: leave it out")
     return checkpoints
-
-
-def unstated_size(path):
-    """The image size of a public file that does not say it, in pixels; prints a line."""
-    say_once(f"{path}: no image size, 256 px as in the paper (--image-size)")
-    return [256, 256]
 
 
 def with_tokenizer(path, checkpoint, tokenizer):
@@ -1475,17 +1445,17 @@ def with_tokenizer(path, checkpoint, tokenizer):
     if reason:
         raise UsageError(f"{path} {reason}: name another --tokenizer")
     if checkpoint["kind"] == "llamagen":
-        size = size or unstated_size(path)
         network = {**network, "grid": [side // f for side in size]}
         if args.get("downsample") not in (None, f):
             raise UsageError(f"{path} was trained on latents {args['downsample']}x down, its "
                              f"tokenizer gives {f}x: name another --tokenizer")
     else:
         tokenizer = {**tokenizer, "latents": checkpoint["latents"]}
-        stated, size = size, [side * f for side in network["input_size"]]
-        if stated and stated != size:
-            raise UsageError(f"{path} is for images of {stated} px, and makes {size} with this "
+        made = [side * f for side in network["input_size"]]
+        if size not in (None, made):
+            raise UsageError(f"{path} is for images of {size} px, and makes {made} with this "
                              "tokenizer: name another --tokenizer or --image-size")
+        size = made
     args = {**args, "image_size": size, "data": tokenizer["args"].get("data")}
     return {**checkpoint, "network": network, "args": args, "tokenizer": tokenizer}
 
@@ -1517,21 +1487,21 @@ def evaluate(args):
     if kinds == {"tokenizer"}:
         refuse_sampling(args)
     processes = start_processes(args, tf32=False)
-    reports, note = {}, ""
+    reports = {}
     if sets:
         report = evaluate_sets(args, processes)
         name = "-".join("-".join(Path(p).parts[-2:]) for p in args.checkpoints)
         name = name.replace("/", "").replace(".npz", "")
         if report:
-            with free_name(name, args.checkpoints, args, processes, reports) as name:
+            with free_name(name, args.checkpoints, args, processes) as name:
                 reports[name] = report
                 write_report(name, report, args, processes)
     else:
-        network, note = try_inception(args, processes)
+        network = try_inception(args, processes)
         teacher = probe_teacher(args, checkpoints, processes) if args.probe else None
         generators, references = kinds - {"tokenizer"}, {}
         for path, checkpoint in checkpoints.items():
-            with free_name(report_name(path), [path], args, processes, reports) as name:
+            with free_name(report_name(path), [path], args, processes) as name:
                 if checkpoint["kind"] == "tokenizer":
                     report = evaluate_tokenizer(path, checkpoint, name, args, processes, network)
                 else:
@@ -1541,8 +1511,6 @@ def evaluate(args):
                 write_report(name, report, args, processes)
     if processes.rank == 0:
         print_reports(reports, args)
-        if note:
-            print(note, file=sys.stderr)
 
 
 def main(argv=None):

@@ -217,8 +217,7 @@ class CodeUsage:
         digits = self.fsq.indices_to_digits(self.indices)
         channels = []
         for i, level in enumerate(self.fsq.levels.tolist()):
-            histogram = torch.zeros(level, dtype=torch.int64)
-            histogram.index_add_(0, digits[:, i], self.counts)
+            histogram = torch.bincount(digits[:, i], self.counts, level).long()
             channels.append({**_spread(histogram, level), "histogram": histogram.tolist()})
         totals = {"tokens": self.counts.sum().item(), "codes_used": len(self.indices)}
         sizes = {"codebook_size": size, "bits_per_token": math.log2(size)}
@@ -226,8 +225,7 @@ class CodeUsage:
 
     def _merge(self, indices, counts):
         self.indices, inverse = torch.unique(torch.cat(indices), return_inverse=True)
-        self.counts = torch.zeros_like(self.indices)
-        self.counts.index_add_(0, inverse, torch.cat(counts))
+        self.counts = torch.bincount(inverse, torch.cat(counts)).long()  # exact up to 2^53
 
 
 def _spread(counts, size):

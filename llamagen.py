@@ -330,10 +330,8 @@ class LlamaGen(nn.Module):
         then the embeddings of digits 0 to G-2. Place g predicts digit g. With G = 1 there are no
         blocks. The places are an axis of their own: fused attention fails for a batch of B*T rows.
         """
-        places = [x]
-        for g, table in enumerate(self.tables[:-1]):
-            places.append(table(digits[..., g]))               # (B, T, C)
-        x = torch.stack(places, dim=2)                         # (B, T, G, C)
+        lower = [table(digits[..., g]) for g, table in enumerate(self.tables[:-1])]  # (B, T, C)
+        x = torch.stack([x, *lower], dim=2)                    # (B, T, G, C)
         for block in self.factorized_blocks:
             x = self.run(block, x, rope)                       # (B, T, G, C)
         x = self.norm(x)                                       # (B, T, G, C)
@@ -373,11 +371,8 @@ def cross_entropy(logits, indices):
     digits = indices                                           # (B, T, G)
     if indices.ndim == 2:
         digits = split_index(indices, [digit_logits.shape[-1] for digit_logits in logits])
-    loss = 0
-    for g, digit_logits in enumerate(logits):
-        flat = digit_logits.flatten(0, 1).float()              # (B*T, V)
-        loss = loss + F.cross_entropy(flat, digits[..., g].flatten())
-    return loss
+    return sum(F.cross_entropy(digit_logits.flatten(0, 1).float(), digits[..., g].flatten())
+               for g, digit_logits in enumerate(logits))       # of (B*T, V) and (B*T,)
 
 
 # ---- Sampling ----
@@ -510,11 +505,8 @@ def released_arguments(weights, heads=None):
     }
 
 
-def released_weights(weights, model=None):
+def released_weights(weights):
     """A public state dict for strict loading: without `projectors.*`, which belong to REPA, and
-    without what is computed anew, the tables of RoPE and the caches of a sampler.
-
-    `model` is accepted as in dit.py but not used: a LlamaGen has no fixed buffers.
-    """
+    without what is computed anew, the tables of RoPE and the caches of a sampler."""
     return {key: w for key, w in weights.items()
             if not key.startswith(("projectors.", "freqs_cis")) and ".kv_cache." not in key}

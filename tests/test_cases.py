@@ -891,9 +891,10 @@ def test_samples_need_no_images(base, tmp_path, capsys):
 
 def test_a_name_is_taken_as_soon_as_a_report_begins(tmp_path):
     args = train.argparse.Namespace(out=tmp_path)
-    with evaluate.free_name("a", ["x/a"], args, ALONE, ()) as first:
-        with evaluate.free_name("a", ["y/a"], args, ALONE, ()) as second:
+    with pytest.raises(KeyboardInterrupt), evaluate.free_name("a", ["x/a"], args, ALONE) as first:
+        with evaluate.free_name("a", ["y/a"], args, ALONE) as second:
             (tmp_path / f"{second}.json").write_text('{"results": 1}')
+        raise KeyboardInterrupt
     assert (first, second) == ("a", "a-2")
     assert [path.name for path in tmp_path.iterdir()] == ["a-2.json"]  # the first came to nothing
 
