@@ -185,6 +185,13 @@ UNDER = {  # tokenizers under a generator; LlamaGen needs integers
 }
 COMPARED = {"ae": BOTTLENECKS["ae"], "fsq": BOTTLENECKS["fsq"], "ifsq": (),
             "ifsq, 5 levels": ("--levels", *[5] * 4)}
+
+
+def on(model, under):
+    """A generator on a tokenizer of its own seed."""
+    return Run(model, UNDER[under], steps=(LATE,))
+
+
 QUESTIONS = {
     "bottlenecks": {"tokenizer": runs(BOTTLENECKS)},
     "bits": {
@@ -211,7 +218,7 @@ QUESTIONS = {
                                     "AdamW": generator(model, (*flags, *ADAMW))}
                   for model, name in MODELS.items()
                   for more, flags in (("", ()), (", aligned", aligned()))},
-    "tokenizers": {name: {under: Run(model, flags, steps=(LATE,)) for under, flags in UNDER.items()
+    "tokenizers": {name: {under: on(model, under) for under, flags in UNDER.items()
                           if model == "dit" or "--quantizer" not in flags}
                    for model, name in MODELS.items()},
     "tokenizer-optimizer": {
@@ -522,6 +529,34 @@ CLAIMS = [
           "By the Frechet distance DiT's samples are nearer to the reconstructions after 1,600 "
           "batches.",
           4 * LATE, headline=True),
+    Claim("tokenizers", "undecided", "FD to images", on("dit", "ifsq"), on("dit", "ae"),
+          "Whether DiT's samples are nearer to the images on ifsq or on an autoencoder is undecided.",
+          headline=True),
+    Claim("tokenizers", "undecided", SHARE, on("dit", "ifsq"), on("dit", "ae"),
+          "So it is on which more of them show their class."),
+    Claim("tokenizers", "higher", "FD to images", on("dit", "vae"), on("dit", "ae"),
+          "On a vae they are a little farther from the images than on an autoencoder."),
+    Claim("tokenizers", "undecided", "FD to images", on("dit", "ifsq, 5 levels"), on("dit", "ifsq"),
+          "On 5 levels a channel DiT's samples are farther from the images than on 17 in every seed, "
+          "but this is undecided.", headline=True),
+    Claim("tokenizers", "undecided", "FD to images", on("llamagen", "ifsq, 5 levels"),
+          on("llamagen", "ifsq"), "So it is for LlamaGen's."),
+    Claim("tokenizers", "undecided", "FD to images", on("dit", "ifsq, 65 levels"),
+          on("dit", "ifsq"), "Whether 65 levels differ from 17 under DiT is undecided."),
+    Claim("tokenizers", "undecided", "FD to images", on("llamagen", "ifsq, 65 levels"),
+          on("llamagen", "ifsq"), "So it is under LlamaGen."),
+    Claim("tokenizers", "undecided", "FD to images", on("dit", "fsq"), on("dit", "ifsq"),
+          "Whether fsq and ifsq differ under DiT is undecided."),
+    Claim("tokenizers", "undecided", "FD to images", on("llamagen", "fsq"), on("llamagen", "ifsq"),
+          "So it is under LlamaGen."),
+    Claim("tokenizers", "lower", "FD to reconstructions", on("dit", "ifsq, 5 levels"),
+          on("dit", "ifsq"),
+          "On 5 levels DiT's samples are nearer to the reconstructions of their own tokenizer."),
+    Claim("tokenizers", "lower", "FD to reconstructions", on("llamagen", "ifsq, 5 levels"),
+          on("llamagen", "ifsq"), "So are LlamaGen's."),
+    Claim("tokenizers", "higher", TO_REBUILT, on("llamagen", "ifsq, 65 levels"),
+          on("llamagen", "ifsq"),
+          "By the kernel distance LlamaGen's on 65 levels are farther from theirs than on 17."),
     Claim("repa-layer", "higher", BITS, at_layer("llamagen", 2), at_layer("llamagen", 4),
           "LlamaGen's loss is higher with layer 2 aligned than with layer 4.", EARLY),
     Claim("repa-layer", "lower", BITS, at_layer("llamagen", 8), at_layer("llamagen", 4),
@@ -684,6 +719,14 @@ CLAIMS = [
           EARLY, data="shapes"),
     Claim("repa", "undecided", TO_REBUILT, ALIGNED_LLAMAGEN, LLAMAGEN,
           "After 400 batches this is undecided.", LATE, data="shapes"),
+    Claim("repa", "lower", ERROR, ALIGNED_DIT, DIT,
+          "On drawings, too, alignment lowers DiT's validation loss.", LATE, data="shapes"),
+    Claim("repa", "undecided", TO_REBUILT, ALIGNED_DIT, DIT,
+          "Whether its samples come nearer to the reconstructions is undecided.", LATE,
+          data="shapes"),
+    Claim("repa", "undecided", SHARE, ALIGNED_DIT, DIT,
+          "So it is whether more of them show their class, which nearly all do.", LATE,
+          data="shapes"),
     Claim("tokenizer-optimizer", "lower", PSNR, tokenizer(*ADAMW), IFSQ,
           "On drawings ifsq has a lower PSNR with AdamW than with Muon.", data="shapes",
           headline=True),

@@ -914,14 +914,20 @@ def test_a_signal_to_the_loaders_too_does_not_cost_the_run(tmp_path, name):
     """As from a terminal that closes, or from Slurm."""
     command = [sys.executable, "train.py", *TOKENIZER, "--steps", "100000", "--num-workers", "2",
                "--out", str(tmp_path / "run")]
+    number = getattr(signal, name)
     with subprocess.Popen(command, cwd=Path(train.__file__).parent, start_new_session=True,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        while not (tmp_path / "run" / "log.csv").exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
-        number = getattr(signal, name)
-        os.killpg(process.pid, number)
-        assert process.wait(60) == 128 + number, process.stderr.read()
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          # The tests may run under nohup, which a run obeys.
+                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:
+        try:
+            while not (tmp_path / "run" / "log.csv").exists():
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.1)
+            os.killpg(process.pid, number)
+            assert process.wait(60) == 128 + number
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] > 0
 
 
