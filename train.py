@@ -1427,8 +1427,12 @@ class GeneratorTraining:
         if not is_sharded(self.ema):
             return self.ema
         weights = whole_tensors(self.ema.state_dict(), self.processes.rank)
-        if self.processes.rank == 0:
-            return build_network({**self.header, "ema": weights}, device=self.processes.device)
+        if self.processes.rank > 0:
+            return None
+        with torch.device("meta"):  # no second copy in memory
+            ema = MODELS[self.args.model](**self.header["network"])
+        ema.load_state_dict(weights, assign=True)
+        return ema.to(self.processes.device)
 
 
 def with_least_std(latents):
