@@ -634,8 +634,7 @@ def released_quantizer(weights, config, levels, alpha):
         edges = "original"
         alpha = alpha or 2.0
     if alpha is None and "act_fun" in config:
-        name = str(config["act_fun"]).replace("tanh", "scale_sigmoid_20")
-        match = re.fullmatch(r"scale_sigmoid_(\d\d)", name)
+        match = re.fullmatch(r"scale_sigmoid_(\d\d)", str(config["act_fun"]))
         if not match:
             raise ValueError(f"act_fun {config['act_fun']!r} of config.json is not supported: if "
                              "it is a sigmoid, give its slope with --alpha")

@@ -91,7 +91,7 @@ class Run(NamedTuple):
     def base(self):
         """The tokenizer that a generator stands on: one for all, or, if the flags describe a
         tokenizer, that one, of the same seed as the generator."""
-        if self.flags[:1] in (("--levels",), ("--alpha",), ("--quantizer",)):
+        if self.flags in UNDER.values() and self.model != "tokenizer":
             return Run("tokenizer", () if self.flags == SEVENTEEN else self.flags, self.seed)
         return Run("tokenizer", steps=(BASE,))
 
