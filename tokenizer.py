@@ -57,9 +57,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = norm(c_out, num_groups)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.nin_shortcut = nn.Identity()
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -110,16 +108,13 @@ class Level(nn.Module):
         self.attn = nn.ModuleList()
         for i in range(num_blocks):
             self.block.append(ResnetBlock(c_out if i else c_in, c_out, num_groups))
-            if attention:
-                self.attn.append(AttnBlock(c_out, num_groups))
+            self.attn.append(AttnBlock(c_out, num_groups) if attention else nn.Identity())
         self.downsample = nn.Identity()  # the encoder and the decoder each replace one of the two
         self.upsample = nn.Identity()
 
     def forward(self, x):
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[i](x)
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
         return self.upsample(self.downsample(x))
 
 
