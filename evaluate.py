@@ -347,7 +347,7 @@ def choose_labels(args, classes):
     for text in args.classes or []:
         if text in classes:
             chosen.append(classes.index(text))
-        elif text.isdecimal() and int(text) < len(classes):
+        elif text.isdecimal() and int(text) < len(classes) and not any(map(str.isdecimal, classes)):
             chosen.append(int(text))
         else:
             raise UsageError(f"--classes {text}: choose names or numbers of the {len(classes)} "
@@ -386,6 +386,10 @@ def open_evaluation(checkpoint, args, processes, **kwargs):
             split = "all"
     images = opened(split)
     processes.say(f"{data}: {images.source.about}")
+    known, now = checkpoint.get("fingerprint"), fingerprint(images)
+    if known not in (None, now) and same and not images.source.has_split:
+        processes.say(f"the images of {data} have changed since the {checkpoint['kind']} was "
+                      "trained: some of these may be among those that it was trained on")
     return data, split, images
 
 
@@ -428,6 +432,8 @@ def probe(task, model, codec, tokens, teacher, args, processes, topk=10):
     if len(chosen) < topk + 2:
         raise UsageError(f"--probe compares each image with its {topk} neighbours, and there are "
                          f"{len(chosen)} images: add some")
+    if math.prod(codec.grid) == 1:
+        raise UsageError("--probe compares neighbouring tokens, and this generator has one")
     seen = torch.zeros(len(chosen), network.dim)
     pooled = torch.zeros(model.depth, len(chosen), model.dim)
     similarities = torch.zeros(2, model.depth, dtype=torch.float64)
@@ -515,7 +521,7 @@ class Uncropped(Dataset):
 
 def is_image_set(path):
     """Whether a positional argument is a set of images, not a checkpoint."""
-    return Path(path).is_dir() or Path(path).suffix == ".npz"
+    return Path(path).is_dir() or Path(path).suffix.lower() == ".npz"
 
 
 STATISTICS = {  # the arrays of a file of statistics, and their shapes
@@ -567,7 +573,7 @@ def open_set(source, args, processes, crop_to=None, split="all"):
     crop_to (H, W): the crop of training, of at most 50,000 images of `split`. None: every image
     below the folder, in its own size.
     """
-    if str(source).endswith(".npz"):
+    if str(source).lower().endswith(".npz"):
         stored, images = open_npz(source)
         return {"name": str(source), "crop": "none"}, stored, images
     if crop_to:
@@ -624,7 +630,8 @@ class Measure:
 
     def __init__(self, network, count, **about):
         if count < 2:
-            raise UsageError(f"{count} image: a covariance takes at least 2, so add more")
+            raise UsageError(f"{count} image: a covariance takes at least 2, so add more, or pass "
+                             "--metrics none")
         self.network = network
         self.about = {**about, "images": count, "preprocessing": network.preprocessing,
                       "inception": network.label}
@@ -754,6 +761,9 @@ def find_reference(data, validation, size, args, processes, network, references)
     key = source, split, *size
     if key in references:
         return references[key]
+    if args.save_reference and references:
+        raise UsageError("--save-reference keeps one reference, and these generators were trained "
+                         "on several: evaluate them one by one")
     try:
         if source is None:
             raise UsageError("the file does not say what it was trained on")
@@ -1488,10 +1498,13 @@ def evaluate(args):
         refuse_sampling(args)
     processes = start_processes(args, tf32=False)
     reports = {}
+    for folder in (args.out, args.save_reference and args.save_reference.parent):
+        if folder:  # before hours of work
+            folder.mkdir(parents=True, exist_ok=True)
     if sets:
         report = evaluate_sets(args, processes)
         name = "-".join("-".join(Path(p).parts[-2:]) for p in args.checkpoints)
-        name = name.replace("/", "").replace(".npz", "")
+        name = name.replace("/", "").replace(".npz", "")[-200:]
         if report:
             with free_name(name, args.checkpoints, args, processes) as name:
                 reports[name] = report

@@ -138,6 +138,8 @@ class FSQ(nn.Module):
     def forward(self, z, return_indices=True):
         """z (..., d), any float -> z_q (..., d) of the same dtype, indices (...) int64 or None."""
         self._check_last_dim(z)
+        if not z.is_floating_point():
+            raise ValueError(f"z is of {z.dtype}, not of a float type")
         # On a CPU, one number for all channels is a third faster than a tensor of d numbers.
         levels = self.levels[0] if self.uniform else self.levels
         z_q, digits = quantize(z, levels, self.alpha, self.edges)

@@ -241,7 +241,11 @@ class VectorQuantizer(Bottleneck):
         """x (B*h*w, d) -> (B*h*w) int64."""
         e = self.embedding.weight.float()                                  # (n, d)
         rows = max(1, 2**24 // len(e))  # the whole (B*h*w, n) table of distances may be too large
-        return torch.cat([torch.cdist(part, e).argmin(1) for part in x.split(rows)])
+        # The 10 bits of TF32 would mistake near vectors for each other.
+        tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+        indices = torch.cat([torch.cdist(part, e).argmin(1) for part in x.split(rows)])
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        return indices
 
     def latents_of(self, indices):
         return self.embedding(indices).movedim(-1, 1)
@@ -521,9 +525,10 @@ def adaptive_weight(base_loss, generator_loss, last_weight):
     Returns a detached scalar in [0, 1e6]. Log it: a weight at its limit, or one that falls to 0,
     shows that adversarial training has gone wrong.
     """
-    pull, = torch.autograd.grad(base_loss, last_weight, retain_graph=True)
-    push, = torch.autograd.grad(generator_loss, last_weight, retain_graph=True)
-    ratio = pull.float().norm() / (push.float().norm() + 1e-6)
+    scale = 1024  # or fp16 would round the gradients of single pixels, 1 / (B*3*H*W), away
+    pull, = torch.autograd.grad(scale * base_loss, last_weight, retain_graph=True)
+    push, = torch.autograd.grad(scale * generator_loss, last_weight, retain_graph=True)
+    ratio = pull.float().norm() / (push.float().norm() + scale * 1e-6)
     return ratio.clamp(0, 1e6).detach()
 
 

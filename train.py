@@ -482,13 +482,14 @@ def read_image(path):
         raise ValueError("not a regular file")
     with open(path, "rb") as file:  # given the path, Pillow may map the file and turn it wrongly
         image = Image.open(file)
+        is_ppm = image.format == "PPM"  # of 16 bits, which Pillow opens as 32
         image.load()
     with contextlib.suppress(Exception):  # damaged EXIF data say nothing about the pixels
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         top = 1.0 if image.mode == "F" else 65535.0
-        if image.mode == "I" and values.max() <= 255:
+        if image.mode == "I" and values.max() <= 255 and not is_ppm:
             top = 255.0
         if not (values.min() >= 0 and values.max() <= top):
             raise ValueError(f"values of mode {image.mode} from {values.min():g} to "
@@ -725,6 +726,12 @@ def to_uint8(x):
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def at_once(image_size, most):
+    """How many pictures of this size go through a tokenizer at once, where no flag says it: at most
+    `most`, and no more than 2 million pixels, for which the paper's tokenizer needs some 5 GB."""
+    return max(1, min(most, 2**21 // math.prod(image_size)))
+
+
 def batch_of(dataset, places, device):
     """The items of a data set at `places` (B,), such as (x, label), as one batch on the device."""
     items = default_collate([dataset[place] for place in places.tolist()])
@@ -831,7 +838,8 @@ class TokenizerTraining:
         """(columns for the log, entries for the checkpoint); draws reconstructions.png."""
         places = spread(self.val_images, 1000)
         report = measure_tokenizer(self.ema, self.val_images, places, self.processes,
-                                   {"psnr": psnr, "l1": l1_distance})
+                                   {"psnr": psnr, "l1": l1_distance},
+                                   batch_size=at_once(self.args.image_size, 64))
         columns = {f"val_{name}": report[name] for name in ("l1", "psnr")}
         if report["codes"]:
             columns["val_use"] = report["codes"]["use"]
@@ -1129,7 +1137,7 @@ def write_tokens(parts, args, processes, tokenizer, images, split, shape, dtype,
                unit="file", disable=processes.quiet())
     for x, (path, part) in zip(bar, missing):                                          # (B,V,3,H,W)
         blocks = []
-        for views in x.flatten(0, 1).split(128):
+        for views in x.flatten(0, 1).split(at_once(images.image_size, 128)):
             z, indices = tokenizer.encode(to_float(views, processes.device))
             tokens = z if indices is None else indices
             blocks.append(tokens.cpu().numpy().astype(dtype, "C"))
@@ -1151,8 +1159,10 @@ class LlamaGenTask:
         levels = codec.tokenizer.levels
         groups = args.token_groups
         if not groups:  # the fewest that keep each digit's vocabulary within 4096
-            groups = next((g for g in range(1, len(levels)) if len(levels) % g == 0
-                           and max(llamagen.group_vocab(levels, g)) <= 4096), len(levels))
+            possible = [g for g in range(1, len(levels) + 1)
+                        if len(levels) % g == 0 and g <= math.prod(codec.grid)]
+            groups = next((g for g in possible if max(llamagen.group_vocab(levels, g)) <= 4096),
+                          possible[-1])
         n_layer, dim, n_head = llamagen.SIZES[args.size]
         return dict(grid=codec.grid, vocab_sizes=llamagen.group_vocab(levels, groups),
                     n_layer=n_layer, n_head=n_head, dim=dim, dropout=args.dropout)
@@ -1879,6 +1889,7 @@ class Processes(NamedTuple):
         """`network` with its gradients averaged over the processes."""
         if self.world == 1 or is_sharded(network):
             return network
+        warnings.filterwarnings("ignore", ".*broadcast_buffers")  # a name that old torch knows
         return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True, **kwargs)
 
     def shard(self, network):
@@ -1942,7 +1953,11 @@ def start_processes(args, tf32=True):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             if device.type == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+                if local >= cards:
+                    raise UsageError(f"this machine has {cards} GPUs: start torchrun with "
+                                     f"--nproc_per_node={cards} at most")
+                torch.cuda.set_device(local)
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
         except (ValueError, RuntimeError, KeyError) as error:
             raise UsageError(f"RANK is set, but the processes do not find each other ({error}): "
@@ -2791,8 +2806,8 @@ def make_parser():
         default=Path("out/cache"))
     add("--grad-checkpoint", "recompute each layer in the backward pass: less memory, a third "
         "more time", **SWITCH)
-    add("--fsdp", "divide weights, gradients and optimizer of the generator among the processes",
-        **SWITCH)
+    add("--fsdp", "divide weights, gradients and optimizer of the generator among the processes; "
+        "bf16 still keeps a copy of all weights in each, unless with --grad-checkpoint", **SWITCH)
 
     add = parser.add_group("alignment of a generator with a vision encoder (REPA)")
     add("--repa-layer", "align the hidden state after layer K (the first is 1; a third of the "
@@ -3026,6 +3041,9 @@ def check_generator_args(args):
     if args.model == "llamagen" and args.token_groups:
         with building("--token-groups"):
             llamagen.group_vocab([0] if args.quantizer == "vq" else args.levels, args.token_groups)
+    if args.model == "llamagen" and args.token_groups > math.prod(grid):
+        raise UsageError(f"--token-groups {args.token_groups} needs as many latent positions, and "
+                         f"there are {math.prod(grid)}: lower it, or raise --image-size")
     if args.model == "llamagen" and args.quantizer in ("vae", "ae"):
         raise UsageError(f"--model llamagen predicts integers, which a {args.quantizer} tokenizer "
                          "does not have: use --model dit or another --quantizer")
@@ -3104,12 +3122,17 @@ def guarded(program, function):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")     # any name can be printed
         setattr(sys, name, stream)
-    code, before = 2, None
+    code, text, before, failed = 2, None, None, True
     if "RANK" not in os.environ:  # torchrun stops its processes itself
         with contextlib.suppress(ValueError):  # only a program's main thread may ask for signals
             before = signal.signal(signal.SIGTERM, leave)
     try:
-        return function()
+        result = function()
+        failed = False
+        return result
+    except SystemExit:  # after a signal to stop, on all processes
+        failed = False
+        raise
     except UsageError as error:
         text = str(error).strip().split("UsageError: ")[-1]  # a loader process sends its traceback
     except KeyboardInterrupt:
@@ -3129,12 +3152,14 @@ def guarded(program, function):
             raise
         text = OUT_OF_MEMORY
     finally:
+        if text:
+            print(f"{program}: {' '.join(text.split())[:480]}", file=sys.stderr, flush=True)
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-        if dist.is_initialized():
+        # NCCL would wait here for processes that wait for a failed one; torchrun ends them.
+        if dist.is_initialized() and not (failed and torch.cuda.is_initialized()):
             gc.collect()  # what still holds a group of --fsdp would leave its threads behind
             dist.destroy_process_group()
-    print(f"{program}: {' '.join(text.split())[:480]}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def test_a_class_that_has_gone_is_said(base, tmp_path, capsys):
 def tokens_of(base, data, cache):
     """The Tokens of a folder."""
     state = load_checkpoint(base / "tok" / "ckpt.pt")
-    args = train.argparse.Namespace(cache_dir=cache, data=str(data), num_workers=0)
+    args = train.Namespace(cache_dir=cache, data=str(data), num_workers=0)
     images = open_images(str(data), "all", [16, 16])
     return train.cached_tokens(args, ALONE, state, train.load_codec(state, [16, 16], CPU), images,
                                "all", 1)
@@ -183,7 +184,7 @@ def test_all_of_many_images_are_all_of_them():
 
 
 def test_fewer_samples_than_classes_are_spread_over_them():
-    args = train.argparse.Namespace(classes=None, num_samples=3, labels="balanced")
+    args = train.Namespace(classes=None, num_samples=3, labels="balanced")
     assert evaluate.choose_labels(args, list("abcde")).tolist() == [0, 2, 4]
 
 
@@ -486,7 +487,7 @@ def test_a_compiled_graph_serves_the_adaptive_weight(monkeypatch):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.SiLU(),
                                   torch.nn.Conv2d(4, 3, 3, padding=1))
-    train.compile_networks(train.argparse.Namespace(compile=True), network)
+    train.compile_networks(train.Namespace(compile=True), network)
     x = torch.randn(1, 3, 24, 24)
     output = network(x)
     critic = train.PatchDiscriminator(ndf=8, n_layers=2)
@@ -890,7 +891,7 @@ def test_samples_need_no_images(base, tmp_path, capsys):
 
 
 def test_a_name_is_taken_as_soon_as_a_report_begins(tmp_path):
-    args = train.argparse.Namespace(out=tmp_path)
+    args = train.Namespace(out=tmp_path)
     with pytest.raises(KeyboardInterrupt), evaluate.free_name("a", ["x/a"], args, ALONE) as first:
         with evaluate.free_name("a", ["y/a"], args, ALONE) as second:
             (tmp_path / f"{second}.json").write_text('{"results": 1}')
@@ -937,3 +938,41 @@ def test_loaders_that_are_left_do_not_keep_python_from_ending():
             "worker_init_fn=train.ignore_signals)); next(x); train.kept = x")
     subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent, check=True,
                    timeout=60)
+
+
+def test_a_dark_pgm_of_16_bits_is_dark(tmp_path):
+    """Pillow opens it as 32 bits, whose values up to 255 would count as 8 bits."""
+    values = np.full((4, 4), 200, ">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5\n4 4\n65535\n" + values.tobytes())
+    assert np.asarray(train.read_image(tmp_path / "a.pgm")).max() == 1
+
+
+def test_numbers_that_are_names_are_no_places():
+    args = Namespace(classes=["10", "2"], num_samples=None)
+    assert evaluate.choose_labels(args, ["1", "10", "2"]).tolist() == [1, 2]
+    with pytest.raises(train.UsageError, match="--classes 0"):
+        evaluate.choose_labels(Namespace(classes=["0"], num_samples=None),
+                               ["1", "10", "2"])
+
+
+def test_one_latent_position_has_one_digit():
+    """The fewest digits whose vocabularies are small would be two."""
+    tokenizer = train.Tokenizer("ifsq", [17] * 4, hidden=4, multipliers=(1,), num_groups=1)
+    codec = train.Codec(tokenizer, (1, 1))
+    args = Namespace(token_groups=0, size="nano", dropout=0.0)
+    assert train.TASKS["llamagen"].arguments(args, codec)["vocab_sizes"] == [17**4]
+
+
+def test_data_that_changed_since_the_training_are_named(tmp_path, capsys):
+    """Every tenth image is held out: with other images, others are."""
+    for i in range(20):
+        put(tmp_path / "d" / "a" / f"{i:02}.png", i)
+    images = train.open_images(str(tmp_path / "d"), "train", [16, 16])
+    checkpoint = {"kind": "tokenizer", "fingerprint": train.fingerprint(images),
+                  "args": {"data": str(tmp_path / "d"), "image_size": [16, 16]}}
+    args = Namespace(data=None, split=None, skip_bad_images=False)
+    evaluate.open_evaluation(checkpoint, args, train.ALONE)
+    assert "have changed" not in capsys.readouterr().out
+    put(tmp_path / "d" / "a" / "0.png", 3)
+    evaluate.open_evaluation(checkpoint, args, train.ALONE)
+    assert "have changed since the tokenizer was trained" in capsys.readouterr().out

@@ -260,3 +260,9 @@ def test_impossible_batches_are_refused(batch_size, world, words):
     args = Namespace(batch_size=batch_size, seed=0, grad_accum=1, num_workers=0)
     with pytest.raises(UsageError, match=words):
         next(train.load_batches(args, train.ALONE._replace(world=world), range(50), None))
+
+
+@pytest.mark.parametrize("side, most, number", [(32, 128, 128), (256, 128, 32), (256, 64, 32),
+                                                (512, 128, 8), (4096, 64, 1)])
+def test_large_pictures_are_encoded_few_at_a_time(side, most, number):
+    assert train.at_once([side, side], most) == number

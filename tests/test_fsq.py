@@ -255,3 +255,8 @@ def test_the_most_levels_that_fp32_counts():
     z_q, indices = fsq(torch.tensor([[20.0, -20.0], [-20.0, 20.0]]))
     assert fsq.indices_to_digits(indices).tolist() == [[2**24 - 1, 0], [0, 2**24 - 2]]
     assert torch.equal(fsq.indices_to_codes(indices), z_q)
+
+
+def test_integers_are_no_latents():
+    with pytest.raises(ValueError, match="float"):
+        FSQ([5, 5])(torch.ones(2, 2, dtype=torch.long))

@@ -358,3 +358,33 @@ def test_sigterm_saves_and_ends_all_processes(tmp_path, tokenizers, start):
     printed = process.communicate(timeout=90)  # raises if they still wait for each other
     assert process.returncode and "SIGTERM: saved" in "".join(printed)
     assert len(rows(out)) == load_checkpoint(out / "ckpt.pt")["step"] >= 7
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setattr(train, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(train.UsageError, match="4 GPUs: start torchrun with --nproc_per_node=4"):
+        train.start_processes(Namespace(device="cuda", dtype="fp32"))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_went_wrong_is_said_before_the_processes_part(monkeypatch, capsys, on_gpu):
+    """NCCL would wait for processes that wait for this one: after an error it is not asked to."""
+    said = []
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_gpu)
+    monkeypatch.setattr(train.dist, "destroy_process_group",
+                        lambda: said.append(capsys.readouterr().err))
+
+    def fail():
+        raise OSError(28, "No space left on device", "ckpt.pt")
+
+    with pytest.raises(SystemExit):
+        train.guarded("train.py", fail)
+    if on_gpu:
+        assert not said
+    else:
+        assert "ckpt.pt: No space left" in said[0]
+    assert train.guarded("train.py", lambda: 3) == 3 and len(said) == 2 - on_gpu

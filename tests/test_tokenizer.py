@@ -440,3 +440,37 @@ def test_weights_of_other_models_are_refused(golden, case, words):
         weights = {}
     with pytest.raises(ValueError, match=words):
         released_arguments(weights)
+
+
+def test_the_adaptive_weight_survives_fp16():
+    """A pixel's gradient of L1 over a million pixels is five times the smallest number of fp16."""
+    torch.manual_seed(0)
+    features, x = torch.randn(1, 4, 1024, 1024), torch.randn(1, 3, 1024, 1024)
+    convolution = torch.nn.Conv2d(4, 3, 1)
+    weights = {}
+    for dtype in (torch.float32, torch.float16):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            y = convolution(features)
+        base, generator = (y.float() - x).abs().mean(), -y.float().square().mean().sqrt()
+        weights[dtype] = tokenizer.adaptive_weight(base, generator, convolution.weight).item()
+    assert weights[torch.float16] == pytest.approx(weights[torch.float32], rel=0.01)
+
+
+def test_the_nearest_vector_is_searched_without_tf32(monkeypatch):
+    seen = []
+    cdist = torch.cdist
+
+    def watched(a, b):
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return cdist(a, b)
+
+    monkeypatch.setattr(torch, "cdist", watched)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        Tokenizer("vq", [17] * 2, hidden=4, multipliers=(1,), num_groups=1,
+                  codebook_size=9).quantize(torch.randn(1, 2, 4, 4))
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert seen == [False]
