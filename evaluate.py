@@ -347,7 +347,7 @@ def choose_labels(args, classes):
     for text in args.classes or []:
         if text in classes:
             chosen.append(classes.index(text))
-        elif text.isdecimal() and int(text) < len(classes) and not any(map(str.isdecimal, classes)):
+        elif text.isdecimal() and int(text) < len(classes) and not all(map(str.isdecimal, classes)):
             chosen.append(int(text))
         else:
             raise UsageError(f"--classes {text}: choose names or numbers of the {len(classes)} "

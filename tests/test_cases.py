@@ -134,7 +134,7 @@ def test_a_class_that_has_gone_is_said(base, tmp_path, capsys):
 def tokens_of(base, data, cache):
     """The Tokens of a folder."""
     state = load_checkpoint(base / "tok" / "ckpt.pt")
-    args = train.Namespace(cache_dir=cache, data=str(data), num_workers=0)
+    args = Namespace(cache_dir=cache, data=str(data), num_workers=0)
     images = open_images(str(data), "all", [16, 16])
     return train.cached_tokens(args, ALONE, state, train.load_codec(state, [16, 16], CPU), images,
                                "all", 1)
@@ -184,7 +184,7 @@ def test_all_of_many_images_are_all_of_them():
 
 
 def test_fewer_samples_than_classes_are_spread_over_them():
-    args = train.Namespace(classes=None, num_samples=3, labels="balanced")
+    args = Namespace(classes=None, num_samples=3, labels="balanced")
     assert evaluate.choose_labels(args, list("abcde")).tolist() == [0, 2, 4]
 
 
@@ -487,7 +487,7 @@ def test_a_compiled_graph_serves_the_adaptive_weight(monkeypatch):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.SiLU(),
                                   torch.nn.Conv2d(4, 3, 3, padding=1))
-    train.compile_networks(train.Namespace(compile=True), network)
+    train.compile_networks(Namespace(compile=True), network)
     x = torch.randn(1, 3, 24, 24)
     output = network(x)
     critic = train.PatchDiscriminator(ndf=8, n_layers=2)
@@ -891,7 +891,7 @@ def test_samples_need_no_images(base, tmp_path, capsys):
 
 
 def test_a_name_is_taken_as_soon_as_a_report_begins(tmp_path):
-    args = train.Namespace(out=tmp_path)
+    args = Namespace(out=tmp_path)
     with pytest.raises(KeyboardInterrupt), evaluate.free_name("a", ["x/a"], args, ALONE) as first:
         with evaluate.free_name("a", ["y/a"], args, ALONE) as second:
             (tmp_path / f"{second}.json").write_text('{"results": 1}')
