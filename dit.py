@@ -490,7 +490,7 @@ def released_arguments(weights, heads=None, rope=None):
     """Constructor arguments of the DiT whose public state dict is `weights` (key -> tensor).
 
     weights  of github.com/Tencent-Hunyuan/iFSQ or facebookresearch/DiT, without a key prefix
-    heads    num_heads, if the weights do not tell it; None: that of SIZES for these sizes
+    heads    num_heads, if the weights do not tell it; None: that of a public size in SIZES
     rope     used only if the weights have no rope buffers; None: on if QK-norm is
 
     The latent grid is taken to be square. Raises ValueError for another state dict, or if the

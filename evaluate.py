@@ -59,10 +59,11 @@ from tokenizer import load_lpips, psnr, published
 from train import (BUILT_IN, COUNT, LEVEL, PIXELS, SCALE, TASKS, WEIGHT, WHOLE, WORKERS, Parser,
                    UsageError, batch_of, build_network, building, cached_tokens, check_compiler,
                    compile_networks, counted, downsampling, draw_reconstructions, find_images,
-                   fingerprint, guarded, load_checkpoint, load_codec, load_teacher, load_weights,
-                   measure_tokenizer, misfit, number, open_image, open_images, plain_args,
-                   read_file, read_teacher, readable, replacing, sample_pictures, sampling_settings,
-                   say_once, seed_of, slope, spread, start_processes, to_float, validate_generator)
+                   fingerprint, guarded, have_changed, load_checkpoint, load_codec, load_teacher,
+                   load_weights, measure_tokenizer, misfit, number, open_image, open_images,
+                   plain_args, read_file, read_teacher, readable, replacing, sample_pictures,
+                   sampling_settings, say_once, seed_of, slope, spread, start_processes, to_float,
+                   validate_generator)
 
 METRICS = ("psnr", "ssim", "lpips", "codes", "fid", "sfid", "kid", "is", "pr")
 SAMPLING = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sampler",
@@ -386,8 +387,7 @@ def open_evaluation(checkpoint, args, processes, **kwargs):
             split = "all"
     images = opened(split)
     processes.say(f"{data}: {images.source.about}")
-    known, now = checkpoint.get("fingerprint"), fingerprint(images)
-    if known not in (None, now) and same and not images.source.has_split:
+    if have_changed(images, checkpoint) and same and not images.source.has_split:
         processes.say(f"the images of {data} have changed since the {checkpoint['kind']} was "
                       "trained: some of these may be among those that it was trained on")
     return data, split, images
@@ -1188,7 +1188,6 @@ def free_name(name, paths, args, processes):
     """Yield the name of a report: `name`, or name-2, ... if a report of other paths has it. A file
     without results reserves it, since other calls may be running."""
     paths, taken = paths_of(paths), False
-    args.out.mkdir(parents=True, exist_ok=True)
     for i in itertools.count(1):
         candidate = name if i == 1 else f"{name}-{i}"
         file = args.out / f"{candidate}.json"
@@ -1357,8 +1356,8 @@ def parse_args(argv=None):
     add = parser.add_group("samples of a generator")
     add("--num-samples", "samples to draw; of a tokenizer's images, how many to take, spread "
         "evenly; unset, 1000 samples and all images", COUNT, "N")
-    add("--classes", "names or numbers of classes, repeated as often as samples are wanted; "
-        "unset, all", nargs="+", metavar="CLASS")
+    add("--classes", "names of classes, or their numbers if not all names are numbers, repeated as "
+        "often as samples are wanted; unset, all", nargs="+", metavar="CLASS")
     add("--labels", "every class equally often, or drawn at random",
         choices=["balanced", "random"], default="balanced")
     add("--cfg-scale", "classifier-free guidance, 1 = none; unset, LlamaGen 2 (nano 1.5) and DiT 1 "

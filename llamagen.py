@@ -477,7 +477,7 @@ def released_arguments(weights, heads=None):
     """Constructor arguments, except grid, of the LlamaGen whose public state dict is `weights`.
 
     weights  key -> tensor, of FoundationVision/LlamaGen or Tencent-Hunyuan/iFSQ, without a prefix
-    heads    n_head; None: that of the row of SIZES with this depth and width
+    heads    n_head; None: that of the public size in SIZES with this depth and width
 
     Raises ValueError for another state dict, or if the number of heads is unknown.
     """

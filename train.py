@@ -654,6 +654,12 @@ def fingerprint(images):
     return getattr(images.source, "fingerprint", None)
 
 
+def have_changed(images, checkpoint):
+    """Whether `images` are not those that a checkpoint was trained on, as far as both are known."""
+    known, now = checkpoint.get("fingerprint"), fingerprint(images)
+    return None not in (known, now) and known != now
+
+
 def micro_batch_size(length, batch_size, world, grad_accum):
     """How many images of a batch a process works on at a time. length: of the data set."""
     if batch_size > length:
@@ -1287,8 +1293,8 @@ class GeneratorTraining:
         self.batches = load_batches(args, processes, views, saved)
         self.header = {"kind": args.model, "network": network, "classes": images.classes,
                        "fingerprint": fingerprint(images),
-                       "tokenizer": {name: tokenizer[name] for name in KEPT if name in tokenizer}}
-        self.header["sampling"] = (saved or init).get("sampling", {})
+                       "sampling": (saved or init).get("sampling", {}),
+                       "tokenizer": only(tokenizer, KEPT)}
         if teacher_state:
             if "ema" in teacher_state:  # let go, too
                 teacher_state["ema"] = self.teacher.state_dict()
@@ -1299,7 +1305,8 @@ class GeneratorTraining:
                       f"{count_parameters(self.model)}; {processes.describe()}")
 
     def load_init(self, codes, classes):
-        """The checkpoint of --init-from, if it fits a tokenizer of the arguments `codes`."""
+        """The checkpoint of --init-from, without the embeddings of other classes. Raises UsageError
+        if it does not fit a tokenizer of the constructor arguments `codes`."""
         args, path = self.args, self.args.init_from
         init = load_checkpoint(path, args.model, heads=args.heads, latent_scale=args.latent_scale,
                                image_size=args.image_size)
@@ -1497,7 +1504,7 @@ def read_teacher(name):
     if not teacher:
         raise UsageError(f"{name} is the checkpoint of a {state['kind']} without a teacher: name "
                          "one of a classifier, or of an aligned generator")
-    return {key: teacher[key] for key in (*KEPT, "accuracy", "source") if key in teacher}
+    return only(teacher, (*KEPT, "accuracy", "source"))
 
 
 def find_teacher(args, processes, images, val_images):
@@ -1889,7 +1896,8 @@ class Processes(NamedTuple):
         """`network` with its gradients averaged over the processes."""
         if self.world == 1 or is_sharded(network):
             return network
-        warnings.filterwarnings("ignore", ".*broadcast_buffers")  # a name that old torch knows
+        # The argument has a new name in recent versions of torch, which take the old one as well.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers")
         return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True, **kwargs)
 
     def shard(self, network):
@@ -2305,15 +2313,15 @@ def released(state, path, quiet, overrides):
     if not quiet:
         say_once(f"{path}: public {kind}; {'; '.join(about + said)}")
 
-    size = overrides.get("image_size") or config["data"].get("image_size")
-    entries["args"].update(data=None, image_size=two_sides(size, path) if size else None)
+    size, args = overrides.get("image_size") or config["data"].get("image_size"), entries["args"]
+    args.update(data=None, image_size=two_sides(size, path) if size else None,
+                batch_size=config["train"].get("global_batch_size"))
     classes = range(entries["network"].get("num_classes", 0))
     last = {name: model.get(name, value) for name, value in weights.items()}
-    if kind == "llamagen" and entries["args"]["image_size"] and entries["args"].get("downsample"):
-        entries["network"]["grid"] = [side // entries["args"]["downsample"]
-                                      for side in entries["args"]["image_size"]]
-    step = state.get("current_step") or re.search(r"\d*$", path.stem)[0] or 0
-    entries["args"]["batch_size"] = config["train"].get("global_batch_size")
+    if kind == "llamagen" and size and args.get("downsample"):
+        entries["network"]["grid"] = [side // args["downsample"] for side in args["image_size"]]
+    # A generator's step is in the name of its file alone, 0400000.pt.
+    step = state.get("current_step") or (path.stem if re.fullmatch(r"\d{7,}", path.stem) else 0)
     return {"format": 2, "public": True, "kind": kind, "step": int(step), "ema": weights,
             "model": last, "classes": [str(i) for i in classes] or ["all"], **entries}
 
@@ -2807,7 +2815,8 @@ def make_parser():
     add("--grad-checkpoint", "recompute each layer in the backward pass: less memory, a third "
         "more time", **SWITCH)
     add("--fsdp", "divide weights, gradients and optimizer of the generator among the processes; "
-        "bf16 still keeps a copy of all weights in each, unless with --grad-checkpoint", **SWITCH)
+        "in bf16 each still holds a copy of all weights until the backward pass, most of which "
+        "--grad-checkpoint avoids", **SWITCH)
 
     add = parser.add_group("alignment of a generator with a vision encoder (REPA)")
     add("--repa-layer", "align the hidden state after layer K (the first is 1; a third of the "
@@ -2963,11 +2972,11 @@ def refuse_other_source(args, checkpoint, images, path, flag, names=()):
     run, or with other flags `names`, image size or seed. The images may lie elsewhere by now."""
     purpose, mend = f"use {path}", f"name it with {flag} {path}, or remove it"
     names = [*names, "image_size", "seed"]
-    known, now = checkpoint.get("fingerprint"), fingerprint(images)
-    if known is None or known != now:
+    known = checkpoint.get("fingerprint")
+    if known is None or known != fingerprint(images):
         names.append("data")
     refuse_changes(args, only(checkpoint["args"], names), purpose, mend)
-    if None not in (known, now) and known != now:
+    if have_changed(images, checkpoint):
         raise UsageError(f"cannot {purpose}: it was trained on other images than are in --data "
                          f"{args.data} now: {mend}")
 
@@ -3058,7 +3067,7 @@ def plain_args(args):
 def first_stage(args, processes, splits):
     """The path of OUT/tokenizer/ckpt.pt, trained or continued now if it is not finished.
 
-    It has the rates of its preset, and a batch that is not larger than the data set.
+    It follows the schedule of its preset, with a batch that is not larger than the data set.
     """
     kind = "nano" if args.size == "nano" else "paper"
     flags = argparse.Namespace(**{
@@ -3098,8 +3107,7 @@ def train(args):
                 raise UsageError(f"{args.resume} has finished its {args.steps} steps: "
                                  "raise --steps to continue")
         splits = open_splits(args, processes, saved and saved["classes"])
-        known, now = saved and saved.get("fingerprint"), fingerprint(splits[0])
-        if None not in (known, now) and known != now:
+        if saved and have_changed(splits[0], saved):
             processes.say(f"the images of --data have changed since {args.resume} was saved")
         # Before a first stage is trained.
         micro_batch_size(len(splits[0]), args.batch_size, processes.world, args.grad_accum)

@@ -171,12 +171,34 @@ def test_what_the_page_says_of_bits():
     assert (round(by_seed.min(), 1), round(by_seed.max(), 1)) == (0.1, 0.5)
 
 
-def each_seed(metric, a, b, step):
-    """a - b of two kinds of generators on CIFAR-10 at a step, for each seed."""
-    reports, read = reports_of("cifar10")[0], findings.METRICS[metric][0]
+def each_seed(metric, a, b, step, data="cifar10"):
+    """a - b of two kinds of generators on a data set at a step, for each seed."""
+    reports, read = reports_of(data)[0], findings.METRICS[metric][0]
     return np.array([read(reports.report(a._replace(seed=seed), step))
                      - read(reports.report(b._replace(seed=seed), step))
                      for seed in findings.SEEDS])
+
+
+@pytest.mark.parametrize("claim", [claim for claim in findings.CLAIMS
+                                   if "every seed" in claim.sentence and claim.a.model == "dit"],
+                         ids=lambda claim: claim.sentence[:40])
+def test_what_a_claim_says_of_every_seed(claim):
+    signs = np.sign(each_seed(claim.metric, claim.a, claim.b, findings.LATE, claim.data))
+    nearer = " nearer " in claim.sentence
+    assert (signs == (-1 if nearer else 1)).all()
+
+
+def test_what_the_page_says_of_tokenizers_under_generators():
+    fd, kd, on = "FD to images", "KD to images", findings.on
+    assert (each_seed(fd, on("llamagen", "ifsq, 5 levels"), on("llamagen", "ifsq"),
+                      findings.LATE) > 0).all()
+    assert each_seed(fd, on("dit", "ifsq"), on("dit", "ae"), findings.LATE).mean() > 0
+    means = {name: findings.mean(values) for name, values in findings.values_of(
+        reports_of("shapes")[0], "tokenizers", fd)["DiT"].items()}
+    assert min(means, key=means.get) == "ifsq" and len(means) == 4
+    for other in "ae", "ifsq, 65 levels":
+        nearer = each_seed(kd, on("dit", "ifsq"), on("dit", other), findings.LATE, "shapes") < 0
+        assert nearer.sum() == 2
 
 
 def test_what_the_page_says_of_both_models():

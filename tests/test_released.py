@@ -578,6 +578,14 @@ def test_a_public_generator_may_be_judged(tmp_path, small):
                           tmp_path / "run" / "teacher" / "ckpt.pt")
     assert 0 <= report["results"]["class_share"]["samples"] <= 1
 
+    args = argparse.Namespace(judge=str(tmp_path / "run" / "teacher" / "ckpt.pt"))
+    judge = evaluate.find_judge(load_checkpoint(FILES["dit"]), args, train.ALONE)
+    pictures = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        seen = judge.model(train.to_float(pictures, CPU)).argmax(1)
+        right = judge.right(pictures, seen, load_checkpoint(FILES["dit"])["classes"])
+    assert right.all()
+
 
 def test_init_from_what_does_not_fit(tmp_path, capsys):
     (tmp_path / "data").mkdir()
