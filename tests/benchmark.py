@@ -476,7 +476,6 @@ def growth(limits, args):
 # ---- Learning -----------------------------------------------------------------------------------
 
 def learning(limits, args):
-    print(f"\n| until | {' | '.join(OPTIMIZERS)} |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         tokenizer = race("tokenizer, drawings", folder / "drawings", "--model", "tokenizer")
@@ -489,14 +488,12 @@ def learning(limits, args):
 
 
 def race(what, folder, *flags):
-    """Print a row of the table. Returns the checkpoint with which Muon passed the mark, or None."""
+    """A row for each optimizer. Returns the checkpoint with which Muon passed the mark, or None."""
     column, mark, unit = MARKS[what]
-    print(f"| {what}: {mark:g} {unit} |", end="", flush=True)
     for optimizer in OPTIMIZERS:
         out = folder / optimizer
         cost = cost_of_learning(column, mark, out, *flags, "--optimizer", optimizer)
-        print(f" {cost or f'not in {LIMIT} steps'} |", end="", flush=True)
-    print(flush=True)
+        row(f"until {mark:g} {unit}: {what}, {optimizer}", cost or f"not in {LIMIT} steps")
     return out / "ckpt.pt" if cost else None
 
 

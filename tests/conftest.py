@@ -12,11 +12,15 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
+# Before torch is imported, here and in the programs that tests start: threads that wait by spinning
+# take many times as long on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import train
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import train  # noqa: E402
 
 # No test downloads anything, nor do the programs that it starts.
 os.environ["https_proxy"] = "http://127.0.0.1:9"

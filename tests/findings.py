@@ -3,13 +3,14 @@
     python tests/findings.py bottlenecks        # one question; without a name all of them (hours)
     python tests/findings.py --draw             # pictures, tables and claims from the reports
     python tests/findings.py alpha --data shapes               # without a download
+    python tests/findings.py bits --side 32                    # on larger images
 
 Questions: bottlenecks bits alpha edges models repa repa-layer repa-weight tokenizers optimizer
-tokenizer-optimizer. All run at 16 px, 4x down (16 tokens an image), with models of size nano and
-three seeds. A run that has a report in assets/findings is not repeated, an interrupted one goes on
-from its last checkpoint, and several of these commands may work at the same time. Every step is a
-command of train.py or evaluate.py, and its flags are in the report. Reports lie in a folder named
-after the data's content.
+tokenizer-optimizer. All run at 16 px or --side, 4x down (at 16 px an image has 16 tokens), with
+models of size nano and three seeds. A run that has a report in assets/findings is not repeated, an
+interrupted one goes on from its last checkpoint, and several of these commands may work at the same
+time. Every step is a command of train.py or evaluate.py, and its flags are in the report. Reports
+lie in a folder named after the data's content.
 
 A claim (see CLAIMS) is a difference between two kinds of runs, paired by seed, with its 95%
 interval by Student's t. It is decided if the interval leaves out 0, or lies within a bound for what
@@ -46,7 +47,7 @@ import train  # noqa: E402
 PAGE, README = ROOT / "assets" / "findings.md", ROOT / "README.md"
 BENCHMARK = ROOT / "assets" / "benchmark.json"
 BEFORE = ROOT / "assets" / "benchmark-before.json"  # of an older commit
-SIZE = 16        # of the images, pixels
+SIDE = 16        # of the images, pixels, if nothing else is said
 SEEDS = (0, 1, 2)
 SAMPLES = 500    # of a generator, every class equally often
 MARGIN = 1.5     # dB above the PCA floor that a tokenizer must have to be compared
@@ -56,8 +57,7 @@ STEPS = {"tokenizer": (1000,), "llamagen": (200, 400, 800, 1600), "dit": (200, 4
 # The flags that differ from nano's presets. The generators have no cool-down, so that a run can go
 # on to the next step it is measured at, and equal batches, so that equal steps are equal data.
 GENERATOR = ["--batch-size", 64, "--cooldown", 0, "--ema-decay", 0.99, "--eval-every", 100]
-TRAINING = {"tokenizer": ["--image-size", SIZE, "--downsample", 4], "llamagen": GENERATOR,
-            "dit": GENERATOR}
+TRAINING = {"tokenizer": ["--downsample", 4], "llamagen": GENERATOR, "dit": GENERATOR}
 MEASURING = {  # the flags of evaluate.py
     "tokenizer": ["--metrics", "psnr", "ssim", "codes", "--save-npz"],
     "llamagen": ["--metrics", "none", "--num-samples", SAMPLES, "--save-npz"],
@@ -766,11 +766,11 @@ def locked(folder, wait=True):
         yield
 
 
-def content(data):
-    """A name for a data set by what is in it: the number of its images and a hash of some."""
+def content(data, side):
+    """A name for a data set by what is in it: the number of its images and a hash of some crops."""
     digest = hashlib.sha256()
     for split in ("train", "val"):
-        images = train.open_images(data, split, [SIZE, SIZE])
+        images = train.open_images(data, split, [side, side])
         digest.update(str(len(images)).encode())
         for i in train.spread(images, 100).tolist():
             digest.update(images[i][0].numpy().tobytes())
@@ -797,13 +797,15 @@ def all_reports():
 
 
 class Workshop(Reports):
-    """Where the runs on a data set are made."""
+    """Where the runs on a data set are made, in images of this side."""
 
-    def __init__(self, data, out):
-        key = content(data)
+    def __init__(self, data, out, side=SIDE):
+        key, name = content(data, side), Path(data).name
+        if side != SIDE:
+            name += f"-{side}px"
         known = [shop.folder for shop in all_reports() if shop.folder.name.endswith(f"-{key}")]
-        super().__init__((known or [PAGE.with_suffix("") / f"{Path(data).name}-{key}"])[0])
-        self.data, self.out = data, out / self.folder.name
+        super().__init__((known or [PAGE.with_suffix("") / f"{name}-{key}"])[0])
+        self.data, self.side, self.out = data, side, out / self.folder.name
 
     def call(self, folder, *command):
         """Run a command of this repository; its output goes to FOLDER/commands.log."""
@@ -854,7 +856,9 @@ class Workshop(Reports):
         """
         flags = ["--model", run.model, "--size", "nano", "--data", self.data, "--seed", run.seed,
                  "--out", out, *TRAINING[run.model]]
-        if run.model != "tokenizer":
+        if run.model == "tokenizer":
+            flags += ["--image-size", self.side]
+        else:
             flags += ["--tokenizer", self.checkpoint(run.base()),
                       "--cache-dir", self.out / "cache"]
         if "--repa-layer" in run.flags:
@@ -912,7 +916,7 @@ class Workshop(Reports):
         except ImportError:
             return None
         pictures = semantic.features(semantic.images_of(path), network)
-        source = train.open_images(self.data, "val", [SIZE, SIZE])
+        source = train.open_images(self.data, "val", [self.side, self.side])
         real = np.stack([source[i][0].permute(1, 2, 0).numpy() for i in range(len(source))])
         found = {"images": semantic.distances(semantic.features(real, network), pictures)}
         if run.model != "tokenizer":
@@ -990,6 +994,7 @@ def draw_all(questions):
                           lines_of_claims((question, shop.name)))
     write_between(README, "claims", lines_of_claims())
     write_between(README, "speed", speeds())
+    write_between(README, "learning", races())
 
 
 def speeds():
@@ -999,10 +1004,21 @@ def speeds():
     table = [f"| what | {before['commit']} | now | gain | limit | |", "|---|---|---|---|---|---|"]
     for what, figure, limit, note in now["rows"]:
         old = earlier.get(what, "")
-        table.append(f"| {what} | {old} | {figure} | {gain(old, figure)} | {limit} | {note} |")
+        if not what.startswith("until "):  # those are in `races`
+            table.append(f"| {what} | {old} | {figure} | {gain(old, figure)} | {limit} | {note} |")
     machines = dict.fromkeys(f"{report['device']}, {report['threads']} threads, torch "
                              f"{report['torch']}" for report in (before, now))
-    return [f"{'; now: '.join(machines)}", "", "<details><summary>the table</summary>", "", *table, "", "</details>"]
+    return [f"{'; now: '.join(machines)}", "", "<details><summary>the table</summary>", "", *table,
+            "", "</details>"]
+
+
+def races():
+    """Lines of Markdown: how soon the two optimizers reach a mark, from the same report."""
+    costs = {what: cost for what, cost, *_ in json.loads(BENCHMARK.read_text())["rows"]
+             if what.startswith("until ")}
+    marks = dict.fromkeys(what.rpartition(", ")[0] for what in costs)
+    return ["| | AdamW | Muon |", "|---|---|---|"] + [
+        f"| {mark} | {costs[f'{mark}, adamw']} | {costs[f'{mark}, muon']} |" for mark in marks]
 
 
 def gain(before, now):
@@ -1075,6 +1091,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=" ".join(QUESTIONS))
     parser.add_argument("--data", default="cifar10", help="as for train.py (default: cifar10)")
+    parser.add_argument("--side", type=int, default=SIDE,
+                        help=f"of the images, pixels (default: {SIDE})")
     parser.add_argument("--out", type=Path, default=Path("out/findings"),
                         help="folder of the trainings (default: out/findings)")
     parser.add_argument("--draw", action="store_true",
@@ -1085,7 +1103,7 @@ def main():
         parser.error(f"no such question: {' '.join(unknown)}; choose from {' '.join(QUESTIONS)}")
     questions = args.questions or list(QUESTIONS)
     if not args.draw:
-        shop = Workshop(args.data, args.out)
+        shop = Workshop(args.data, args.out, args.side)
         for run in [run for question in questions for run in runs_of(question)]:
             shop.make(run)
     draw_bins(PAGE.with_suffix("") / "bins.png")

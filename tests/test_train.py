@@ -271,9 +271,12 @@ def test_fp16_skips_infinite_gradients(tmp_path):
 # ---- Signals and the lock ----
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_saves_and_leaves(tmp_path, monkeypatch, capsys, name):
+def test_a_signal_saves_and_leaves(tmp_path, monkeypatch, capsys, request, name):
     """After the step at hand. What is saved continues to the checkpoint of an unbroken run."""
     update, number = train.update_ema, getattr(signal, name)
+    if signal.getsignal(number) == signal.SIG_IGN:  # under nohup, where a run goes on
+        signal.signal(number, signal.SIG_DFL)
+        request.addfinalizer(lambda: signal.signal(number, signal.SIG_IGN))
 
     def interrupted(ema, model, decay, step):
         update(ema, model, decay, step)
