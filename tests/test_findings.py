@@ -114,6 +114,19 @@ def test_a_claim_is_what_its_reports_show(claim):
         assert compared.margin >= findings.MARGIN or claim.verdict == "undecided"
 
 
+@pytest.mark.parametrize("claim", [claim for claim in findings.CLAIMS if findings.contrary(claim)],
+                         ids=lambda claim: claim.sentence[:40])
+def test_a_claim_on_which_the_two_distances_differ_says_so(claim):
+    """Its line has the numbers of both, and its sentence, or the one before, names the distance."""
+    other = findings.contrary(claim)
+    line, = (line for line in findings.lines_of_claims((claim.question, claim.data))
+             if line.startswith(f"- {claim.sentence} *{claim.metric}: {findings.numbers_of(claim)}"))
+    assert findings.numbers_of(other) in line
+    assert {claim.metric, other.metric} <= findings.METRICS.keys()
+    before = findings.CLAIMS[findings.CLAIMS.index(claim) - 1].sentence
+    assert "distance" in claim.sentence or claim.sentence.startswith("So ") and "distance" in before
+
+
 def reports_of(name):
     """The Reports of the data set of this name, and the tokenizers among them by file name."""
     reports = next(shop for shop in findings.all_reports() if shop.name == name)
