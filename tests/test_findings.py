@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import semantic
 import torch
+from PIL import Image
 
 import train
 from tokenizer import Bottleneck, Tokenizer
@@ -371,6 +372,17 @@ def test_semantic_distances_are_those_of_features():
     assert same["fd"] == pytest.approx(0, abs=1e-6)
     assert moved["fd"] == pytest.approx(8 * 4, rel=1e-6)  # the means differ by 2 in each dimension
     assert moved["kd"] > same["kd"]
+
+
+def test_the_colours_that_the_readme_names_are_those_of_the_picture():
+    text = " ".join(findings.README.read_text().split())
+    picture = Image.open(findings.PAGE.with_suffix("") / "bins.png").convert("RGB")
+    below = picture.crop((0, 225, picture.width, picture.height))  # tanh, 1.6, equal bins
+    names = {(31, 119, 180): "blue", (214, 39, 40): "red", (44, 160, 44): "green"}
+    seen = dict.fromkeys(map(tuple, np.asarray(below).reshape(-1, 3).tolist()))
+    assert [names[colour] for colour in seen if colour in names] == ["blue", "red", "green"]
+    for words in ("crowding values there (blue)", "(right picture, red)", "the same width (green)"):
+        assert words in text
 
 
 def test_links_between_the_page_and_the_pictures():
