@@ -286,6 +286,15 @@ def test_what_the_page_says_of_both_optimizers():
     for metric in findings.SHARE, findings.TO_REBUILT:
         low, high = change(metric, llamagen, dit)
         assert low < 0 < high
+    gap = [difference("FD to reconstructions", findings.with_adamw(llamagen), findings.with_adamw(dit)),
+           difference("FD to reconstructions", llamagen, dit)]
+    assert (gap[0] - gap[1]).mean() == pytest.approx(29.6, abs=0.05)
+    assert change("FD to reconstructions", llamagen, dit) == pytest.approx((9.4, 49.7), abs=0.05)
+    for plain, aligned, nearer in ((llamagen, findings.ALIGNED_LLAMAGEN, False),
+                                   (dit, findings.ALIGNED_DIT, True)):
+        for metric, decided in ("FD to reconstructions", nearer), (findings.TO_REBUILT, False):
+            low, high = findings.evaluate.interval(difference(metric, aligned, plain))
+            assert (high < 0) == decided and low < 0
     for plain, aligned, loss in ((llamagen, findings.ALIGNED_LLAMAGEN, findings.BITS),
                                  (dit, findings.ALIGNED_DIT, findings.ERROR)):
         for optimizer in (lambda run: run), findings.with_adamw:
