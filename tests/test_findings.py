@@ -128,6 +128,13 @@ def test_a_claim_on_which_the_two_distances_differ_says_so(claim):
     assert "distance" in claim.sentence or claim.sentence.startswith("So ") and "distance" in before
 
 
+def test_what_the_page_says_of_chance():
+    """Of differences that are none, a twentieth is decided by chance."""
+    undecided = [claim for claim in findings.CLAIMS if claim.verdict == "undecided"]
+    assert round(len(undecided) * 0.05 / 0.95) == 4
+    assert "about four of the decided ones would be so by chance" in findings.PAGE.read_text()
+
+
 def reports_of(name):
     """The Reports of the data set of this name, and the tokenizers among them by file name."""
     reports = next(shop for shop in findings.all_reports() if shop.name == name)
