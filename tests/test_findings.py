@@ -190,6 +190,9 @@ def test_what_the_page_says_of_bits():
     kept, by_seed = mean[1:] / mean[:-1], gains[4] / gains[3]
     assert [round(share, 1) for share in kept[:4]] == [0.7, 0.6, 0.6, 0.3]
     assert (round(by_seed.min(), 1), round(by_seed.max(), 1)) == (0.1, 0.5)
+    kept = gains[1:] / gains[:-1]                                              # (5,3)
+    assert kept.argmin(0)[:2].tolist() == [3, 3]                         # at 17 levels
+    assert np.round(kept[[1, 3], 2], 1).tolist() == [0.5, 0.5]           # the third seed, at 5 and 17
 
 
 def each_seed(metric, a, b, step, data="cifar10"):
