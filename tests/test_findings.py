@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import semantic
 import torch
+from PIL import Image
 
 import train
 from tokenizer import Bottleneck, Tokenizer
@@ -114,6 +115,26 @@ def test_a_claim_is_what_its_reports_show(claim):
         assert compared.margin >= findings.MARGIN or claim.verdict == "undecided"
 
 
+@pytest.mark.parametrize("claim", [claim for claim in findings.CLAIMS if findings.contrary(claim)],
+                         ids=lambda claim: claim.sentence[:40])
+def test_a_claim_on_which_the_two_distances_differ_says_so(claim):
+    """Its line has the numbers of both, and its sentence, or the one before, names the distance."""
+    other = findings.contrary(claim)
+    line, = (line for line in findings.lines_of_claims((claim.question, claim.data))
+             if line.startswith(f"- {claim.sentence} *{claim.metric}: {findings.numbers_of(claim)}"))
+    assert findings.numbers_of(other) in line
+    assert {claim.metric, other.metric} <= findings.METRICS.keys()
+    before = findings.CLAIMS[findings.CLAIMS.index(claim) - 1].sentence
+    assert "distance" in claim.sentence or claim.sentence.startswith("So ") and "distance" in before
+
+
+def test_what_the_page_says_of_chance():
+    """Of differences that are none, a twentieth is decided by chance."""
+    undecided = [claim for claim in findings.CLAIMS if claim.verdict == "undecided"]
+    assert round(len(undecided) * 0.05 / 0.95) == 4
+    assert "about four of the decided ones would be so by chance" in findings.PAGE.read_text()
+
+
 def reports_of(name):
     """The Reports of the data set of this name, and the tokenizers among them by file name."""
     reports = next(shop for shop in findings.all_reports() if shop.name == name)
@@ -169,6 +190,9 @@ def test_what_the_page_says_of_bits():
     kept, by_seed = mean[1:] / mean[:-1], gains[4] / gains[3]
     assert [round(share, 1) for share in kept[:4]] == [0.7, 0.6, 0.6, 0.3]
     assert (round(by_seed.min(), 1), round(by_seed.max(), 1)) == (0.1, 0.5)
+    kept = gains[1:] / gains[:-1]                                              # (5,3)
+    assert kept.argmin(0)[:2].tolist() == [3, 3]                         # at 17 levels
+    assert np.round(kept[[1, 3], 2], 1).tolist() == [0.5, 0.5]           # the third seed, at 5 and 17
 
 
 def each_seed(metric, a, b, step, data="cifar10"):
@@ -218,6 +242,17 @@ def test_what_the_page_says_of_both_models():
             assert sign * (late - early) > 0
 
 
+def test_what_the_page_says_of_a_fast_start():
+    """After 200 batches LlamaGen is ahead by nothing; what is decided differs with the data."""
+    for data, to_rebuilt, share in ("cifar10", True, False), ("shapes", False, True):
+        difference = {metric: each_seed(metric, findings.LLAMAGEN, findings.DIT, 200, data)
+                      for metric in (findings.TO_REBUILT, "FD to reconstructions", findings.SHARE)}
+        for metric, decided in zip(difference, (to_rebuilt, to_rebuilt, share)):
+            low, high = findings.evaluate.interval(difference[metric])
+            assert (low * high > 0) == decided
+            assert (difference[metric].mean() < 0) == (metric == findings.SHARE)
+
+
 def test_what_the_page_says_of_the_slope():
     chosen, fixed = "scale chosen by the encoder", "scale fixed to 1"
     for name, least, most in ("cifar10", 0.86, 0.87), ("shapes", 1.05, 1.09):
@@ -230,6 +265,8 @@ def test_what_the_page_says_of_the_slope():
         assert (np.array(values) < psnr[chosen][alpha]).all()
     ks = findings.values_of(reports, "alpha", findings.KS)[fixed]
     assert (np.array(ks[1.6]) < ks[1.0]).all() and (np.array(ks[1.6]) < ks[2.0]).all()
+    chosen_ks = findings.values_of(reports, "alpha", findings.KS)[chosen]
+    assert all((np.array(ks[alpha]) < chosen_ks[alpha]).all() for alpha in ks)
     entropy = findings.values_of(reports, "alpha", findings.OF_CHANNELS)[fixed]
     assert (np.array(entropy[1.6]) < entropy[2.0]).all()
 
@@ -272,6 +309,15 @@ def test_what_the_page_says_of_both_optimizers():
     for metric in findings.SHARE, findings.TO_REBUILT:
         low, high = change(metric, llamagen, dit)
         assert low < 0 < high
+    gap = [difference("FD to reconstructions", findings.with_adamw(llamagen), findings.with_adamw(dit)),
+           difference("FD to reconstructions", llamagen, dit)]
+    assert (gap[0] - gap[1]).mean() == pytest.approx(29.6, abs=0.05)
+    assert change("FD to reconstructions", llamagen, dit) == pytest.approx((9.4, 49.7), abs=0.05)
+    for plain, aligned, nearer in ((llamagen, findings.ALIGNED_LLAMAGEN, False),
+                                   (dit, findings.ALIGNED_DIT, True)):
+        for metric, decided in ("FD to reconstructions", nearer), (findings.TO_REBUILT, False):
+            low, high = findings.evaluate.interval(difference(metric, aligned, plain))
+            assert (high < 0) == decided and low < 0
     for plain, aligned, loss in ((llamagen, findings.ALIGNED_LLAMAGEN, findings.BITS),
                                  (dit, findings.ALIGNED_DIT, findings.ERROR)):
         for optimizer in (lambda run: run), findings.with_adamw:
@@ -358,6 +404,17 @@ def test_semantic_distances_are_those_of_features():
     assert same["fd"] == pytest.approx(0, abs=1e-6)
     assert moved["fd"] == pytest.approx(8 * 4, rel=1e-6)  # the means differ by 2 in each dimension
     assert moved["kd"] > same["kd"]
+
+
+def test_the_colours_that_the_readme_names_are_those_of_the_picture():
+    text = " ".join(findings.README.read_text().split())
+    picture = Image.open(findings.PAGE.with_suffix("") / "bins.png").convert("RGB")
+    below = picture.crop((0, 225, picture.width, picture.height))  # tanh, 1.6, equal bins
+    names = {(31, 119, 180): "blue", (214, 39, 40): "red", (44, 160, 44): "green"}
+    seen = dict.fromkeys(map(tuple, np.asarray(below).reshape(-1, 3).tolist()))
+    assert [names[colour] for colour in seen if colour in names] == ["blue", "red", "green"]
+    for words in ("crowding values there (blue)", "(right picture, red)", "the same width (green)"):
+        assert words in text
 
 
 def test_links_between_the_page_and_the_pictures():
