@@ -530,9 +530,11 @@ CLAIMS = [
     Claim("repa", "higher", SHARE, ALIGNED_DIT, DIT,
           "More of an aligned DiT's samples show their class.", LATE, headline=True),
     Claim("repa", "undecided", TO_REBUILT, ALIGNED_DIT, DIT,
-          "By the kernel distance it is undecided whether these come nearer to the reconstructions.", LATE),
+          "By the kernel distance it is undecided whether these come nearer to the "
+          "reconstructions.", LATE),
     Claim("models", "undecided", SHARE, LLAMAGEN, DIT,
-          "Whether LlamaGen or DiT is ahead in class share after 400 batches is undecided.", LATE, headline=True),
+          "Whether LlamaGen or DiT is ahead in class share after 400 batches is undecided.",
+          LATE, headline=True),
     Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
           "Whose samples are nearer to the reconstructions then is undecided.", LATE),
     Claim("models", "higher", TO_REBUILT, LLAMAGEN, DIT,
@@ -541,7 +543,8 @@ CLAIMS = [
     Claim("models", "undecided", SHARE, LLAMAGEN, DIT,
           "Which is ahead in class share after 800 batches is undecided, too.", 2 * LATE),
     Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
-          "So is, by the kernel distance, whose samples are nearer to the reconstructions then.", 2 * LATE),
+          "So is, by the kernel distance, whose samples are nearer to the reconstructions then.",
+          2 * LATE),
     Claim("models", "undecided", SHARE, LLAMAGEN, DIT,
           "Which is ahead in class share after 1,600 batches is undecided.", 4 * LATE),
     Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
@@ -552,7 +555,8 @@ CLAIMS = [
           "batches.",
           4 * LATE, headline=True),
     Claim("tokenizers", "undecided", "FD to images", on("dit", "ifsq"), on("dit", "ae"),
-          "Whether DiT's samples are nearer to the images on ifsq or on an autoencoder is undecided.",
+          "Whether DiT's samples are nearer to the images on ifsq or on an autoencoder is "
+          "undecided.",
           headline=True),
     Claim("tokenizers", "undecided", SHARE, on("dit", "ifsq"), on("dit", "ae"),
           "So it is on which more of them show their class."),
@@ -560,8 +564,8 @@ CLAIMS = [
           "By the Frechet distance they are a little farther from the images on a vae than on an "
           "autoencoder."),
     Claim("tokenizers", "undecided", "FD to images", on("dit", "ifsq, 5 levels"), on("dit", "ifsq"),
-          "On 5 levels a channel DiT's samples are farther from the images than on 17 in every seed, "
-          "but this is undecided.", headline=True),
+          "On 5 levels a channel DiT's samples are farther from the images than on 17 in every "
+          "seed, but this is undecided.", headline=True),
     Claim("tokenizers", "undecided", "FD to images", on("llamagen", "ifsq, 5 levels"),
           on("llamagen", "ifsq"), "So it is for LlamaGen's."),
     Claim("tokenizers", "undecided", "FD to images", on("dit", "ifsq, 65 levels"),
@@ -690,8 +694,8 @@ CLAIMS = [
     Claim("alpha", "undecided", RFD, tokenizer("--alpha", "erf"), IFSQ,
           "In pretrained features erf and 1.6 are undecided.", data="shapes"),
     Claim("alpha", "higher", KS, tokenizer("--alpha", 2.0, FIXED_SCALE), tokenizer(FIXED_SCALE),
-          "On drawings with the scale fixed, 2.0 is farther from uniform than 1.6, as the paper has "
-          "it.", data="shapes", headline=True),
+          "On drawings with the scale fixed, 2.0 is farther from uniform than 1.6, as the paper "
+          "has it.", data="shapes", headline=True),
     Claim("alpha", "higher", KS, tokenizer("--alpha", 1.0, FIXED_SCALE), tokenizer(FIXED_SCALE),
           "So is 1.0.", data="shapes"),
     Claim("alpha", "undecided", OF_CHANNELS, tokenizer("--alpha", 2.0, FIXED_SCALE),
@@ -737,15 +741,15 @@ CLAIMS = [
     Claim("models", "undecided", TO_REBUILT, LLAMAGEN, DIT,
           "By the kernel distance this is undecided.", LATE, data="shapes"),
     Claim("tokenizers", "undecided", "FD to images", on("dit", "ifsq"), on("dit", "ae"),
-          "On drawings DiT's samples are nearer to the images on ifsq than on an autoencoder in every "
-          "seed, but this is undecided.", data="shapes", headline=True),
+          "On drawings DiT's samples are nearer to the images on ifsq than on an autoencoder in "
+          "every seed, but this is undecided.", data="shapes", headline=True),
     Claim("tokenizers", "undecided", "FD to images", on("dit", "ifsq, 65 levels"),
           on("dit", "ifsq"),
           "On 65 levels they are farther than on 17 in every seed, also undecided.", data="shapes"),
     Claim("tokenizers", "higher", "FD to reconstructions", on("dit", "ifsq, 65 levels"),
           on("dit", "ifsq"),
-          "By the Frechet distance they are farther from the reconstructions of their own tokenizer "
-          "on 65 levels.",
+          "By the Frechet distance they are farther from the reconstructions of their own "
+          "tokenizer on 65 levels.",
           data="shapes"),
     Claim("tokenizers", "undecided", "FD to images", on("dit", "ifsq, 5 levels"),
           on("dit", "ifsq"), "Whether 5 levels differ from 17 is undecided.", data="shapes"),

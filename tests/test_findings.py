@@ -33,14 +33,15 @@ def shop(tmp_path, monkeypatch):
     return shop
 
 
-def stored(run):
+def stored(run, side):
     """The flags of a tokenizer's run, as its checkpoint would hold them."""
-    flags = ["--model", "tokenizer", "--size", "nano", *findings.TRAINING["tokenizer"], *run.flags]
+    flags = ["--model", "tokenizer", "--size", "nano", "--image-size", side,
+             *findings.TRAINING["tokenizer"], *run.flags]
     return train.parse_args([str(flag) for flag in flags])
 
 
 def parse(shop, run, monkeypatch):
-    base = stored(run.base())
+    base = stored(run.base(), shop.side)
 
     def load_checkpoint(path, *args, **kwargs):
         return {"args": vars(base), "network": train.tokenizer_arguments(base)}
@@ -70,8 +71,10 @@ def test_the_reports_were_trained_with_the_commands_of_today(shop, monkeypatch):
             if path.stem not in known:
                 assert path.stem.startswith("tokenizer-") and f"steps={findings.BASE}" in path.stem
                 continue
+            training = json.loads(path.read_text())["training"]
+            shop.side = training["image_size"][0]
             args = vars(parse(shop, known[path.stem], monkeypatch))
-            for name, value in json.loads(path.read_text())["training"].items():
+            for name, value in training.items():
                 if name in args and name not in free:
                     assert value == args[name], (path.name, name)
 
@@ -89,8 +92,8 @@ def test_a_data_set_is_known_by_its_content(tmp_path):
             (tmp_path / name / split / "x").mkdir(parents=True)
             for i in range(3 + more):
                 images[i][0].save(tmp_path / name / split / "x" / f"{i}.png")
-    a, b, c = (findings.content(tmp_path / name) for name in "abc")
-    assert a == b != c
+    a, b, c = (findings.content(tmp_path / name, 16) for name in "abc")
+    assert a == b != c and findings.content(tmp_path / "a", 8) not in (a, c)
 
 
 def test_the_page_and_the_readme_are_what_the_reports_make_of_them(monkeypatch, capsys):
@@ -120,8 +123,9 @@ def test_a_claim_is_what_its_reports_show(claim):
 def test_a_claim_on_which_the_two_distances_differ_says_so(claim):
     """Its line has the numbers of both, and its sentence, or the one before, names the distance."""
     other = findings.contrary(claim)
+    beginning = f"- {claim.sentence} *{claim.metric}: {findings.numbers_of(claim)}"
     line, = (line for line in findings.lines_of_claims((claim.question, claim.data))
-             if line.startswith(f"- {claim.sentence} *{claim.metric}: {findings.numbers_of(claim)}"))
+             if line.startswith(beginning))
     assert findings.numbers_of(other) in line
     assert {claim.metric, other.metric} <= findings.METRICS.keys()
     before = findings.CLAIMS[findings.CLAIMS.index(claim) - 1].sentence
@@ -192,7 +196,7 @@ def test_what_the_page_says_of_bits():
     assert (round(by_seed.min(), 1), round(by_seed.max(), 1)) == (0.1, 0.5)
     kept = gains[1:] / gains[:-1]                                              # (5,3)
     assert kept.argmin(0)[:2].tolist() == [3, 3]                         # at 17 levels
-    assert np.round(kept[[1, 3], 2], 1).tolist() == [0.5, 0.5]           # the third seed, at 5 and 17
+    assert np.round(kept[[1, 3], 2], 1).tolist() == [0.5, 0.5]    # the third seed, at 5 and 17
 
 
 def each_seed(metric, a, b, step, data="cifar10"):
@@ -309,8 +313,9 @@ def test_what_the_page_says_of_both_optimizers():
     for metric in findings.SHARE, findings.TO_REBUILT:
         low, high = change(metric, llamagen, dit)
         assert low < 0 < high
-    gap = [difference("FD to reconstructions", findings.with_adamw(llamagen), findings.with_adamw(dit)),
-           difference("FD to reconstructions", llamagen, dit)]
+    fd = "FD to reconstructions"
+    gap = [difference(fd, findings.with_adamw(llamagen), findings.with_adamw(dit)),
+           difference(fd, llamagen, dit)]
     assert (gap[0] - gap[1]).mean() == pytest.approx(29.6, abs=0.05)
     assert change("FD to reconstructions", llamagen, dit) == pytest.approx((9.4, 49.7), abs=0.05)
     for plain, aligned, nearer in ((llamagen, findings.ALIGNED_LLAMAGEN, False),
