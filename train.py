@@ -1625,8 +1625,8 @@ def fit(training, args, processes, saved, first_stage=False):
             done, row, entries = step + 1, {}, {}
             bar.update()
             stop = int(processes.largest(interrupts.signal))  # the signal's number, or 0
-            saving = done % args.save_every == 0 or done == args.steps or stop
-            validating = done % args.eval_every == 0 or (saving and not stop)
+            due = done % args.save_every == 0 or done == args.steps
+            saving, validating = due or stop, due or done % args.eval_every == 0
             logging = done % args.log_every == 0
             if logging or validating or saving:
                 log.check(done, training.ema)
