@@ -754,7 +754,8 @@ def save_grid(path, pictures, columns):
     """PNG of pictures (N,3,H,W) uint8 in rows of `columns`."""
     from torchvision.utils import save_image
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(pictures.cpu().float() / 255, path, nrow=columns, padding=2)
+    with replacing(path) as file:
+        save_image(pictures.cpu().float() / 255, file, format="png", nrow=columns, padding=2)
 
 
 # ---- Stage one: the tokenizer -------------------------------------------------------------------
@@ -2090,6 +2091,9 @@ def replacing(path, mode="wb", **kwargs):
         with open(temporary, mode, **kwargs) as file:
             yield file
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
