@@ -742,7 +742,8 @@ def measure_reference(opened, args, processes, network):
     if path and processes.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: value.numpy() for name, value in statistics.items() if name != "about"}
-        np.savez(path, about=json.dumps(statistics["about"]), **arrays)
+        with replacing(path) as file:
+            np.savez(file, about=json.dumps(statistics["about"]), **arrays)
         print(f"statistics of {statistics['about']['name']} in {path}")
     return statistics
 
@@ -1070,7 +1071,8 @@ def draw_classes(path, samples, labels, classes):
             picture = Image.fromarray(np.asarray(samples[i]))
             sheet.paste(picture.resize((w, h), Image.Resampling.NEAREST),
                         (margin + column * (w + gap), top))
-    sheet.save(path)
+    with replacing(path) as file:
+        sheet.save(file, "png")
 
 
 def ticks(low, high):
@@ -1106,7 +1108,8 @@ def draw_curves(path, panels, xlabel):
         y = h * rows + 32 * row + 16
         pen.line((40, y, 88, y), fill=colour, width=6)
         pen.text((100, y), name, fill="black", anchor="lm")
-    sheet.reduce(2).save(path)
+    with replacing(path) as file:
+        sheet.reduce(2).save(file, "png")
 
 
 def interval(values):
@@ -1188,18 +1191,18 @@ def free_name(name, paths, args, processes):
     """Yield the name of a report: `name`, or name-2, ... if a report of other paths has it. A file
     without results reserves it, since other calls may be running."""
     paths, taken = paths_of(paths), False
-    for i in itertools.count(1):
-        candidate = name if i == 1 else f"{name}-{i}"
-        file = args.out / f"{candidate}.json"
-        if processes.rank == 0:
-            with contextlib.suppress(FileExistsError), open(file, "x") as stub:
-                taken = True
-                json.dump({"paths": paths}, stub)
-        if processes.agree(taken or paths_in(file) == paths):  # an earlier report is replaced
-            break
     try:
+        for i in itertools.count(1):
+            candidate = name if i == 1 else f"{name}-{i}"
+            file = args.out / f"{candidate}.json"
+            if processes.rank == 0:
+                with contextlib.suppress(FileExistsError), open(file, "x") as stub:
+                    taken = True
+                    json.dump({"paths": paths}, stub)
+            if processes.agree(taken or paths_in(file) == paths):  # an earlier one is replaced
+                break
         yield candidate
-    except BaseException:  # an interrupt, too
+    except BaseException:  # an interrupt, too, or a full disk
         if taken:
             file.unlink(missing_ok=True)
         raise
@@ -1278,7 +1281,8 @@ def write_report(name, report, args, processes):
         report = {**report, "flags": plain_args(args), "device": str(processes.device),
                   "processes": processes.world, "torch": torch.__version__}
         text = json.dumps(without_nan(report), indent=1, allow_nan=False)
-        (args.out / f"{name}.json").write_text(text)
+        with replacing(args.out / f"{name}.json", "w") as file:
+            file.write(text)
 
 
 def print_reports(reports, args):

@@ -754,7 +754,8 @@ def save_grid(path, pictures, columns):
     """PNG of pictures (N,3,H,W) uint8 in rows of `columns`."""
     from torchvision.utils import save_image
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(pictures.cpu().float() / 255, path, nrow=columns, padding=2)
+    with replacing(path) as file:
+        save_image(pictures.cpu().float() / 255, file, format="png", nrow=columns, padding=2)
 
 
 # ---- Stage one: the tokenizer -------------------------------------------------------------------
@@ -1625,8 +1626,8 @@ def fit(training, args, processes, saved, first_stage=False):
             done, row, entries = step + 1, {}, {}
             bar.update()
             stop = int(processes.largest(interrupts.signal))  # the signal's number, or 0
-            saving = done % args.save_every == 0 or done == args.steps or stop
-            validating = done % args.eval_every == 0 or (saving and not stop)
+            due = done % args.save_every == 0 or done == args.steps
+            saving, validating = due or stop, due or done % args.eval_every == 0
             logging = done % args.log_every == 0
             if logging or validating or saving:
                 log.check(done, training.ema)
@@ -2090,6 +2091,9 @@ def replacing(path, mode="wb", **kwargs):
         with open(temporary, mode, **kwargs) as file:
             yield file
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -846,6 +846,31 @@ def test_pictures_of_a_stopped_evaluation_do_not_mix_with_others(base, tmp_path,
     assert not any(name.startswith(".") for name in left), left
 
 
+def test_a_full_disk_leaves_reports_as_they_were(base, tmp_path, capsys, monkeypatch):
+    """Not half of a new one or of a picture, nor the name of a report that there is not."""
+    resource = pytest.importorskip("resource")
+    out, before = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = [copied(base, "lg", tmp_path), "--metrics", "none", "--num-samples", "4", "--device",
+             "cpu", "--out", out]
+
+    def refused_with_room_for(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            return refused(capsys, evaluate.main, flags)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    refused_with_room_for(1)
+    assert not any(path.is_file() for path in out.rglob("*"))
+    evaluate.main([*map(str, flags)])
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for suffix in "png", "json":  # the picture is drawn first
+        path, = out.glob(f"*.{suffix}")
+        assert f"{path}: " in refused_with_room_for(path.stat().st_size - 1)
+        monkeypatch.setattr(evaluate, "draw_classes", lambda *args: None)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+
+
 def test_samples_are_compared_with_the_training_images_of_the_run(base, tmp_path):
     """--data names other images for the loss. Where the run's are not here, it names these, too."""
     for i in range(20):

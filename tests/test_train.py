@@ -299,6 +299,21 @@ def test_a_signal_saves_and_leaves(tmp_path, monkeypatch, capsys, request, name)
             assert_same(whole[part], parts[part])
 
 
+def test_a_signal_in_the_last_step_leaves_nothing_out(tmp_path, monkeypatch):
+    """Neither the last validation, nor the statistics of the latents that it finds for DiT."""
+    plain, update = fit(tmp_path / "a", "--steps", "2"), train.update_ema
+
+    def interrupted(ema, model, decay, step):
+        update(ema, model, decay, step)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "update_ema", interrupted)
+    stopped = fit(tmp_path / "b", "--steps", "2")
+    assert stopped["latents"] == plain["latents"] and rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert (tmp_path / "b" / "reconstructions.png").exists()
+
+
 def test_a_second_signal_acts_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "update_ema", lambda *args: [
         os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
