@@ -417,8 +417,8 @@ class Folder(Dataset):
                       f"{self.about}")
         if not len(part):
             purpose = "" if name == "all" else f" for {name}"
-            raise UsageError(f"--data {self.folder}: no images{purpose} ({part.about}); "
-                             f"files may end in {' '.join(sorted(SUFFIXES))}")
+            mend = "add some" if len(self) else f"files may end in {' '.join(sorted(SUFFIXES))}"
+            raise UsageError(f"--data {self.folder}: no images{purpose} ({part.about}): {mend}")
         return part
 
     def skip_unreadable(self, processes):
@@ -2050,6 +2050,8 @@ def only_run_in(folder, processes):
             raise UsageError(f"another run is writing to {folder}: wait, or choose another --out")
         except OSError:
             pass  # some network disks know no locks
+        for unfinished in folder.glob(".ckpt.pt.*"):  # of a run that was killed while it saved
+            unfinished.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -2121,6 +2123,8 @@ def read_file(path):
                 path)
             state = torch.load(path if mmap else file, map_location="cpu", weights_only=True,
                                mmap=mmap)
+    except PermissionError:
+        raise
     except Exception as error:  # whatever a damaged file makes of the unpickler
         objects = re.findall(r"GLOBAL ([\w.]+)", str(error))
         if objects:
@@ -3156,6 +3160,8 @@ def guarded(program, function):
         mend = "check the path, its permissions and the disk's room"
         if error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE):
             mend = "the system allows no more processes or files: lower --num-workers"
+        elif error.errno == errno.EPIPE:
+            mend = "what reads the output, or a process that decodes images, has ended"
         name = error.filename or "a file"
         name = os.fsdecode(name) if isinstance(name, bytes) else name
         text = f"{name}: {error.strerror or error}: {mend}"

@@ -1001,3 +1001,33 @@ def test_data_that_changed_since_the_training_are_named(tmp_path, capsys):
     put(tmp_path / "d" / "a" / "0.png", 3)
     evaluate.open_evaluation(checkpoint, args, train.ALONE)
     assert "have changed since the tokenizer was trained" in capsys.readouterr().out
+
+
+def test_what_a_killed_save_left_is_removed(base, tmp_path):
+    path = copied(base, "tok", tmp_path)
+    half, other = path.with_name(".ckpt.pt.0123"), path.with_name(".notes")
+    half.write_text("half")
+    other.write_text("mine")
+    train.main(["--resume", str(path), "--steps", "2"])
+    assert other.exists() and not half.exists()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(base, tmp_path, capsys,
+                                                                monkeypatch):
+    path = copied(base, "tok", tmp_path)
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(train.torch, "load", denied)
+    line = refused(capsys, evaluate.main, [path])
+    assert "Permission denied: check the path, its permissions" in line
+
+
+def test_a_reader_that_ends_is_not_taken_for_a_full_disk(capsys):
+    def write():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(SystemExit):
+        train.guarded("evaluate.py", write)
+    assert "Broken pipe: what reads the output" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def things(tmp_path_factory):
 @pytest.mark.parametrize("flags, words", [
     ("--data {t}/empty", "no images for train"),
     ("--data {t}/file.txt", "no such folder"),
-    ("--data {t}/one", "no images for val"),
+    ("--data {t}/one", "a class is held out)): add some"),
     ("--data {t}/few", "larger than the 2 training images"),
     ("--data {t}/truncated", "cannot read the image"),
     ("--data {t}/blank", "cannot read the image"),
