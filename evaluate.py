@@ -1088,7 +1088,7 @@ def draw_curves(path, panels, xlabel):
 
     A curve's name has one colour in all panels. A y may be a list: each value is a dot, the line
     goes through their mean, and a bar is the mean's 95% interval. Without xlabel, the x are names,
-    which stand below their dots, and there is no line. Several curves have a legend.
+    which stand below their dots, and there are no lines. Several curves have a legend.
     """
     palette = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f"]
     names = dict.fromkeys(name for curves in panels.values() for name in curves)
@@ -1132,7 +1132,8 @@ def draw_panel(pen, box, title, curves, colours, xlabel):
             for name, (x_values, y_values) in curves.items()}
     ys = [y for points in dots.values() for _, values in points
           for y in (*values, *interval(values))]
-    x0, x1 = min(place.values()), max(place.values())
+    half = 0 if xlabel else 0.5  # of the room of a name
+    x0, x1 = min(place.values()) - half, max(place.values()) + half
     room = 0.06 * (max(ys) - min(ys)) or 0.1 * abs(max(ys)) or 1.0  # no dot lies on the frame
     y0, y1 = min(ys) - room, max(ys) + room
     if 0 < min(ys) < max(ys) / 2:  # the ratio of such values means something
@@ -1157,15 +1158,18 @@ def draw_panel(pen, box, title, curves, colours, xlabel):
     for x, text in marks.items():
         across, _ = at(x, y0)
         pen.text((across, bottom + 8), text, fill="black", anchor="ma", align="center")
-    for name, points in dots.items():
+    for number, (name, points) in enumerate(dots.items()):
         colour = colours[name]
         if xlabel:
             line = [at(x, values.mean()) for x, values in points]
             pen.line(line, fill=colour, width=4, joint="curve")
+        shift = 0 if xlabel else 12 * (number - (len(dots) - 1) / 2)  # side by side above a name
         for x, values in points:
-            pen.line([at(x, end) for end in interval(values)], fill=colour, width=2)
+            across, _ = at(x, y0)
+            across += shift
+            pen.line([(across, at(x, end)[1]) for end in interval(values)], fill=colour, width=2)
             for y in values:
-                pen.circle(at(x, y), 5, fill=colour)
+                pen.circle((across, at(x, y)[1]), 5, fill=colour)
 
 
 def describe(path, checkpoint, args, results, **settings):
