@@ -280,6 +280,13 @@ def holds_images(path):
     return is_image(path.name)
 
 
+def is_data_set(folder):
+    """Whether there is a train/ with images in the folder, and a val/ or test/ beside it."""
+    splits = [folder / name for name in ("train", "val", "test")]
+    train, *others = [split.is_dir() for split in splits]
+    return train and any(others) and holds_images(splits[0])
+
+
 def unwrapped(folder):
     """The subfolder that holds all images of `folder`, if it sorts them into folders; else None."""
     inside = [*itertools.islice(filter(holds_images, folder.iterdir()), 2)]
@@ -297,25 +304,31 @@ def find_splits(folder):
     train, val = (next((by_name[name] for name in names if name in by_name), None)
                   for names in (TRAIN_NAMES, VAL_NAMES))
     if not train and not val:
-        # Names that go on after one of the words: train2017, val_images.
-        like_train, like_val = ([p for name, p in by_name.items()
-                                 if re.match(rf"({'|'.join(words)})[\W\d_]", name)]
-                                for words in (TRAIN_NAMES, VAL_NAMES))
-        if like_train and like_val:
-            pair = like_train + like_val
-            others = [p for name, p in by_name.items() if p not in pair
-                      and not name.startswith(("test", "unlabel")) and holds_images(p)]
-            if len(pair) > 2 or others:
-                names = ", ".join(p.name for p in pair + others[:2])
-                raise UsageError(f"--data {folder}: are {names} splits or classes? Rename the "
-                                 "splits to train/ and val/, or the classes to something else")
-            train, val = pair
+        train, val = named_alike(folder, by_name)
     if train and not val:
         val = by_name.get("test")
     if train or val:
         return train or val, val if train else None
     inner = unwrapped(folder)
     return find_splits(inner) if inner else (folder, None)
+
+
+def named_alike(folder, by_name):
+    """The two of the subfolders {lower name: path} that are called such as train2017 and val_images,
+    or (None, None). Raises UsageError if they may as well be two classes among others."""
+    like_train, like_val = ([p for name, p in by_name.items()
+                             if re.match(rf"({'|'.join(words)})[\W\d_]", name)]
+                            for words in (TRAIN_NAMES, VAL_NAMES))
+    if not like_train or not like_val:
+        return None, None
+    pair = like_train + like_val
+    others = [p for name, p in by_name.items() if p not in pair
+              and not name.startswith(("test", "unlabel")) and holds_images(p)]
+    if len(pair) > 2 or others:
+        names = ", ".join(p.name for p in pair + others[:2])
+        raise UsageError(f"--data {folder}: are {names} splits or classes? Rename the splits to "
+                         "train/ and val/, or the classes to something else")
+    return pair
 
 
 class Folder(Dataset):
@@ -354,25 +367,32 @@ class Folder(Dataset):
         if val:
             self.held_out = np.arange(len(self)) >= sum(map(len, kept.values()))
         self.rule, self.about = f"{train.name}/ and {val.name}/" if val else "", ""
-        if train != self.folder and (val or train.name.lower() in TRAIN_NAMES + VAL_NAMES):
-            beside = [p.name for p in sorted(train.parent.iterdir())
-                      if p not in (train, val) and holds_images(p)]
-            folders = [name for name in beside if (train.parent / name).is_dir()]
-            if folders and not val and self.classes == [FLAT]:
-                raise UsageError(f"--data {folder}: is {train.name}/ for training, or a class as "
-                                 f"{folders[0]}/ is? Rename it, or name --data {train}")
-            if beside:
-                self.about += f"; not used: {', '.join(beside[:6])}"
+        unused = self.unused(train, val)
+        if unused:
+            self.about += f"; not used: {', '.join(unused[:6])}"
         if self.left_out:
             self.about += f"; left out: {counted(self.left_out)}"
+
+    def unused(self, train, val):
+        """The names of all else that holds images where the splits lie. Raises UsageError if one
+        split may be a class among these."""
+        is_split = val or train.name.lower() in TRAIN_NAMES + VAL_NAMES
+        if train == self.folder or not is_split:
+            return []
+        beside = [p for p in sorted(train.parent.iterdir())
+                  if p not in (train, val) and holds_images(p)]
+        folders = [p.name for p in beside if p.is_dir()]
+        if folders and not val and self.classes == [FLAT]:
+            raise UsageError(f"--data {self.folder}: is {train.name}/ for training, or a class as "
+                             f"{folders[0]}/ is? Rename it, or name --data {train}")
+        return [p.name for p in beside]
 
     def by_class(self, folder):
         """{class name: sorted Paths} of one folder."""
         while inner := unwrapped(folder):
             folder = inner
         for p in subfolders(folder):
-            if (p / "train").is_dir() and holds_images(p / "train") and (
-                    (p / "val").is_dir() or (p / "test").is_dir()):
+            if is_data_set(p):
                 raise UsageError(f"--data {folder}: {p.name}/ has a train/ of its own: put train/ "
                                  f"and val/ on top and the classes into them, or name --data {p}")
         folders = {p.name: find_images(p, self.left_out, self.folder) for p in subfolders(folder)}
@@ -912,20 +932,27 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
         if scalar:
             bounded = bound(pre.cpu().double(), model.quantize.fsq.alpha)
             bins += torch.stack([channel.histc(4096, -1, 1) for channel in bounded.unbind(1)])
-    scores, bins = processes.sum(scores), processes.sum(bins)  # one process wrote each row
-    means, squares = (processes.sum(sums) / len(places)).unbind(1)  # of z and pre: (2,d)
-    std = (squares - means.square()).clamp(min=0).sqrt()
-    latents = {"mean": means[0].tolist(), "std": std[0].tolist()}
-    if scalar:
-        cdf = bins.cumsum(1) / bins.sum(1, keepdim=True)                               # (d,4096)
-        gap = (cdf - torch.arange(1, 4097) / 4096).abs().amax(1)
-        latents.update(pre_mean=means[1].tolist(), pre_std=std[1].tolist(), ks=gap.tolist())
+    scores = processes.sum(scores)  # one process wrote each row
+    latents = latent_statistics(processes.sum(sums) / len(places), processes.sum(bins))
     if usage and processes.world > 1:
         usage.all_reduce()
     seconds = processes.largest(seconds)
     return {**dict(zip(metrics, scores.mean(0).tolist())), "images": len(places),
             "images_per_s": len(places) / seconds,
             "codes": usage.report() if usage else None, "latents": latents}
+
+
+def latent_statistics(moments, bins):
+    """What `measure_tokenizer` reports as "latents". moments: the means of z and of pre, and of
+    their squares, (2,2,d). bins (d,4096): the histogram of y, empty if nothing is rounded."""
+    means, squares = moments.unbind(1)                                                 # (2,d) each
+    std = (squares - means.square()).clamp(min=0).sqrt()
+    latents = {"mean": means[0].tolist(), "std": std[0].tolist()}
+    if bins.any():
+        cdf = bins.cumsum(1) / bins.sum(1, keepdim=True)                               # (d,4096)
+        gap = (cdf - torch.arange(1, 4097) / 4096).abs().amax(1)
+        latents.update(pre_mean=means[1].tolist(), pre_std=std[1].tolist(), ks=gap.tolist())
+    return latents
 
 
 @torch.no_grad()
@@ -2305,29 +2332,26 @@ def released(state, path, quiet, overrides):
     config = defaultdict(dict)  # sections that it lacks are empty
     config.update({name: value or {} for name, value in (state.get("config") or {}).items()})
     weights, model, said = public_weights(state)
-    if "encoder.conv_in.weight" in weights:
-        kind, describe = "tokenizer", public_tokenizer
-    elif "cls_embedding.embedding_table.weight" in weights:
-        kind, describe = "llamagen", public_llamagen
-    elif "x_embedder.proj.weight" in weights:
-        kind, describe = "dit", public_dit
-    else:
+    kinds = {"encoder.conv_in.weight": ("tokenizer", public_tokenizer),
+             "cls_embedding.embedding_table.weight": ("llamagen", public_llamagen),
+             "x_embedder.proj.weight": ("dit", public_dit)}
+    kind, describe = next((kinds[name] for name in kinds if name in weights), (None, None))
+    if not kind:
         names = ", ".join([str(name) for name in weights or state][:3])
         raise UsageError(f"{path} is no checkpoint of train.py, and its names ({names}, ...) are "
                          "those of no public tokenizer, LlamaGen or DiT")
-    weights, entries, about = describe(path, weights, config, overrides)
+    size = overrides.get("image_size") or config["data"].get("image_size")
+    size = two_sides(size, path) if size else None
+    weights, entries, about = describe(path, weights, config, {**overrides, "image_size": size})
     if config.get("sample"):  # only our flags decide
         about.append("its settings of sampling are not used")
     if not quiet:
         say_once(f"{path}: public {kind}; {'; '.join(about + said)}")
 
-    size, args = overrides.get("image_size") or config["data"].get("image_size"), entries["args"]
-    args.update(data=None, image_size=two_sides(size, path) if size else None,
-                batch_size=config["train"].get("global_batch_size"))
+    entries["args"].update(data=None, image_size=size,
+                           batch_size=config["train"].get("global_batch_size"))
     classes = range(entries["network"].get("num_classes", 0))
     last = {name: model.get(name, value) for name, value in weights.items()}
-    if kind == "llamagen" and size and args.get("downsample"):
-        entries["network"]["grid"] = [side // args["downsample"] for side in args["image_size"]]
     # A generator's step is in the name of its file alone, 0400000.pt.
     step = state.get("current_step") or (path.stem if re.fullmatch(r"\d{7,}", path.stem) else 0)
     return {"format": 2, "public": True, "kind": kind, "step": int(step), "ema": weights,
@@ -2395,6 +2419,9 @@ def public_llamagen(path, weights, config, overrides):
         if config[section]:
             entries["quantizers"] = quantizers
             entries["args"]["downsample"] = config[section].get("downsample_ratio")
+    size, f = overrides["image_size"], entries["args"].get("downsample")
+    if size and f:
+        entries["network"] = {**network, "grid": [side // f for side in size]}
     return llamagen.released_weights(weights), entries, [in_words(network)]
 
 
@@ -2881,18 +2908,14 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
     given = parser.parse_args(argv)  # to learn which checkpoint is named, if one is
-    out, path, stored = given.out or default_out(given), None, {}
+    out, path = given.out or default_out(given), None
     if given.resume:
         path = out / "ckpt.pt" if given.resume is True else Path(given.resume)
         out = given.out or path.parent
-    files = (path, given.tokenizer, given.init_from, given.repa_teacher)
-    start_processes(given).require_shared((), [Path(file) for file in files if file])
-    if given.resume:
-        asked = given.model if any(word.startswith("--model") for word in argv) else None
-        stored = flags_of_run(path, asked)
-    elif given.tokenizer or given.init_from and given.model == "tokenizer":
-        stored = flags_of_tokenizer(given.tokenizer or given.init_from, given)
-    stored = as_argv(stored, vars(given))
+    files = filter(None, (path, given.tokenizer, given.init_from, given.repa_teacher))
+    start_processes(given).require_shared((), [*map(Path, files)])
+    asked = given.model if any(word.startswith("--model") for word in argv) else None
+    stored = as_argv(stored_flags(given, path, asked), vars(given))
     decisive = parser.parse_args([*stored, *argv])  # the model and size that choose the preset
     parser.set_defaults(**preset(decisive))
     if decisive.help:
@@ -2901,13 +2924,7 @@ def parse_args(argv=None):
     before = vars(parser.parse_args(stored))  # what the run or the tokenizer was trained with
     args = parser.parse_args([*stored, *argv])
     args.out = out
-    # The run may be continued, or measured, from another folder.
-    if args.data not in BUILT_IN:
-        args.data = os.path.abspath(args.data)
-    for name in ("tokenizer", "repa_teacher"):
-        value = getattr(args, name)
-        if value and os.path.isfile(value):
-            setattr(args, name, os.path.abspath(value))
+    make_absolute(args)
     if args.resume:
         args.resume = path
         refuse_changes(args, before, f"continue {path}", free=FREE, tunable=TUNABLE)
@@ -2920,8 +2937,28 @@ def parse_args(argv=None):
     return args
 
 
+def stored_flags(given, path, asked):
+    """The flags that follow from the checkpoint that the command line `given` names. path: that of
+    --resume. asked: --model, if it was given."""
+    if given.resume:
+        return flags_of_run(path, asked)
+    if given.tokenizer or given.init_from and given.model == "tokenizer":
+        return flags_of_tokenizer(given.tokenizer or given.init_from, given)
+    return {}
+
+
+def make_absolute(args):
+    """Name files by their whole paths: the run may be continued, or measured, from elsewhere."""
+    if args.data not in BUILT_IN:
+        args.data = os.path.abspath(args.data)
+    for name in ("tokenizer", "repa_teacher"):
+        value = getattr(args, name)
+        if value and os.path.isfile(value):
+            setattr(args, name, os.path.abspath(value))
+
+
 def flags_of_run(path, asked):
-    """The flags with which a run was trained. asked: --model, if it was given."""
+    """The flags with which a run was trained."""
     checkpoint = load_checkpoint(path)
     if checkpoint.get("public"):
         raise UsageError(f"--resume {path}: not a run of train.py: begin one with --init-from")
@@ -3043,27 +3080,33 @@ def check_generator_args(args):
     if args.repa_layer is not None and not 1 <= args.repa_layer <= depth:
         raise UsageError(f"--repa-layer {args.repa_layer}: --model {args.model} --size {args.size} "
                          f"has {depth} layers, choose from 1 to {depth}")
+    if args.repa_layer is None and args.repa_teacher != "auto":
+        raise UsageError("--repa-teacher needs --repa-layer K, which says where to align")
     if args.init_from and not (args.tokenizer or args.resume):
         raise UsageError(f"--init-from {args.init_from} knows the tokens of its own tokenizer: "
                          "name that with --tokenizer")
-    if args.repa_layer is None and args.repa_teacher != "auto":
-        raise UsageError("--repa-teacher needs --repa-layer K, which says where to align")
     if args.fsdp and args.optimizer == "muon":
         raise UsageError("--optimizer muon needs whole matrices, which --fsdp divides: take "
                          "--optimizer adamw, or leave --fsdp out")
     grid = [side // args.downsample for side in args.image_size]
-    if args.model == "dit" and any(side % args.patch_size for side in grid):
+    if args.model == "llamagen":
+        check_llamagen_args(args, math.prod(grid))
+    elif any(side % args.patch_size for side in grid):
         raise UsageError(f"--patch-size {args.patch_size} does not divide the latent grid of "
                          f"{grid[0]} x {grid[1]}")
-    if args.model == "llamagen" and args.token_groups:
-        with building("--token-groups"):
-            llamagen.group_vocab([0] if args.quantizer == "vq" else args.levels, args.token_groups)
-    if args.model == "llamagen" and args.token_groups > math.prod(grid):
-        raise UsageError(f"--token-groups {args.token_groups} needs as many latent positions, and "
-                         f"there are {math.prod(grid)}: lower it, or raise --image-size")
-    if args.model == "llamagen" and args.quantizer in ("vae", "ae"):
+
+
+def check_llamagen_args(args, positions):
+    """The part of `check_args` that is for LlamaGen, on so many latent positions."""
+    if args.quantizer in ("vae", "ae"):
         raise UsageError(f"--model llamagen predicts integers, which a {args.quantizer} tokenizer "
                          "does not have: use --model dit or another --quantizer")
+    if args.token_groups:
+        with building("--token-groups"):
+            llamagen.group_vocab([0] if args.quantizer == "vq" else args.levels, args.token_groups)
+    if args.token_groups > positions:
+        raise UsageError(f"--token-groups {args.token_groups} needs as many latent positions, and "
+                         f"there are {positions}: lower it, or raise --image-size")
 
 
 def plain_args(args):
@@ -3149,26 +3192,12 @@ def guarded(program, function):
     except SystemExit:  # after a signal to stop, on all processes
         failed = False
         raise
-    except UsageError as error:
-        text = str(error).strip().split("UsageError: ")[-1]  # a loader process sends its traceback
     except KeyboardInterrupt:
         code, text = 130, "interrupted; the last checkpoint and all finished stages stand"
-    except (MemoryError, OverflowError, torch.OutOfMemoryError):
-        text = OUT_OF_MEMORY
-    except OSError as error:
-        sys.unraisablehook = lambda _: None  # a loader that could not start complains again
-        mend = "check the path, its permissions and the disk's room"
-        if error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE):
-            mend = "the system allows no more processes or files: lower --num-workers"
-        elif error.errno == errno.EPIPE:
-            mend = "what reads the output, or a process that decodes images, has ended"
-        name = error.filename or "a file"
-        name = os.fsdecode(name) if isinstance(name, bytes) else name
-        text = f"{name}: {error.strerror or error}: {mend}"
-    except RuntimeError as error:
-        if "memory" not in str(error):
+    except Exception as error:
+        text = what_to_mend(error)
+        if not text:  # a mistake of ours
             raise
-        text = OUT_OF_MEMORY
     finally:
         if text:
             print(f"{program}: {' '.join(text.split())[:480]}", file=sys.stderr, flush=True)
@@ -3181,13 +3210,30 @@ def guarded(program, function):
     sys.exit(code)
 
 
+def what_to_mend(error):
+    """What an exception says to the user, in words, or None if it is for the programmer."""
+    if isinstance(error, UsageError):
+        return str(error).strip().split("UsageError: ")[-1]  # a loader process sends its traceback
+    if isinstance(error, OSError):
+        sys.unraisablehook = lambda _: None  # a loader that could not start complains again
+        mend = "check the path, its permissions and the disk's room"
+        if error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE):
+            mend = "the system allows no more processes or files: lower --num-workers"
+        elif error.errno == errno.EPIPE:
+            mend = "what reads the output, or a process that decodes images, has ended"
+        name = error.filename or "a file"
+        name = os.fsdecode(name) if isinstance(name, bytes) else name
+        return f"{name}: {error.strerror or error}: {mend}"
+    no_memory = isinstance(error, RuntimeError) and "memory" in str(error)
+    if no_memory or isinstance(error, (MemoryError, OverflowError, torch.OutOfMemoryError)):
+        return ("out of memory: lower --batch-size or --image-size, or in training raise "
+                "--grad-accum or set --grad-checkpoint")
+    return None
+
+
 def leave(number, frame):
     """Let SIGTERM end the program as an error would, so that unfinished files are removed."""
     sys.exit(128 + number)
-
-
-OUT_OF_MEMORY = ("out of memory: lower --batch-size or --image-size, or in training raise "
-                 "--grad-accum or set --grad-checkpoint")
 
 
 def main(argv=None):
