@@ -278,16 +278,20 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
     if measure:
         results.update(compare(reference, measure.finish(processes), args, wanted(args),
                                processes, "g"))
-    batch_size = trained.get("batch_size")  # a public file may not tell it
-    seen = batch_size and checkpoint["step"] * batch_size
     rate = len(labels) / seconds
     results.update(samples=len(labels), images_per_s=rate,
-                   tokens_per_s=rate * math.prod(codec.grid), train_images=seen,
-                   parameters=sum(p.numel() for p in model.parameters()),
-                   train_flops=seen and seen * model.flops_per_image())
+                   tokens_per_s=rate * math.prod(codec.grid), **cost_of(checkpoint, model))
     return describe(path, checkpoint, args, results, sampling=settings,
                     labels="chosen" if args.classes else args.labels, seed=args.seed,
                     image_size=size, validation=about_validation)
+
+
+def cost_of(checkpoint, model):
+    """What it took to train a generator, as far as its file tells the batch size."""
+    batch_size = checkpoint["args"].get("batch_size")
+    seen = batch_size and checkpoint["step"] * batch_size
+    return {"train_images": seen, "parameters": sum(p.numel() for p in model.parameters()),
+            "train_flops": seen and seen * model.flops_per_image()}
 
 
 def draw_samples(task, model, codec, labels, settings, args, processes, watch):
@@ -321,15 +325,8 @@ def choose_settings(args, checkpoint, kinds, processes):
         flag = foreign[0].replace("_", "-")
         raise UsageError(f"--{flag} does not apply to {kind} checkpoints: leave it out")
     interval = given.pop("cfg_interval", None)
-    if interval:
-        takes = {1: "llamagen", 2: "dit"}.get(len(interval))
-        if takes not in kinds:
-            raise UsageError(f"--cfg-interval takes one token for llamagen and two times for dit, "
-                             f"not {interval}")
-        if takes == "llamagen" and not interval[0].is_integer():
-            raise UsageError(f"--cfg-interval of llamagen is a whole token, not {interval}")
-        if takes == kind:
-            given["cfg_interval"] = tuple(interval) if kind == "dit" else int(interval[0])
+    if interval and suits(interval, kind, kinds):
+        given["cfg_interval"] = tuple(interval) if kind == "dit" else int(interval[0])
     settings.update({name: value for name, value in given.items() if name in settings})
     if checkpoint.get("public"):
         settings["cfg_scale"] = max(1.0, settings["cfg_scale"])  # the public code guides above 1
@@ -340,6 +337,18 @@ def choose_settings(args, checkpoint, kinds, processes):
         processes.say("no guidance: the generator was trained with --class-dropout 0")
         settings["cfg_scale"] = 1.0
     return settings
+
+
+def suits(interval, kind, kinds):
+    """Whether this --cfg-interval is for generators of this kind. Raises UsageError if it is for
+    none of `kinds`."""
+    takes = {1: "llamagen", 2: "dit"}.get(len(interval))
+    if takes not in kinds:
+        raise UsageError("--cfg-interval takes one token for llamagen and two times for dit, "
+                         f"not {interval}")
+    if takes == "llamagen" and not interval[0].is_integer():
+        raise UsageError(f"--cfg-interval of llamagen is a whole token, not {interval}")
+    return takes == kind
 
 
 def choose_labels(args, classes):
@@ -538,33 +547,43 @@ def open_npz(path):
     with building(f"{path} cannot be read as .npz"):
         try:
             with np.load(path, allow_pickle=False) as archive:
-                names = sorted(archive.files)
-                if not {"mu", "sigma"} <= set(names) and "arr_0" not in names:
-                    raise UsageError(f"{path} holds {', '.join(names[:4]) or 'nothing'}: neither "
-                                     "images (arr_0) nor statistics (mu and sigma)")
-                stored = {}
-                for needed in dict.fromkeys(NEEDED.values()):
-                    if set(needed) <= set(names):  # a mean alone is of no use
-                        stored.update({name: torch.from_numpy(archive[name]) for name in needed})
-                about = json.loads(str(archive["about"])) if "about" in names else {}
-                array = archive["arr_0"] if "arr_0" in names else None
+                stored, about, array = read_npz(path, archive)
         except (OSError, MemoryError) as error:
             raise UsageError(f"{path} cannot be read as .npz ({error})")
-        for name, value in stored.items():
-            shape = tuple(side or len(value) for side in STATISTICS[name])
-            if value.shape != shape or not value.isfinite().all():
-                raise UsageError(f"{path}: its {name} is not of Inception features "
-                                 f"({shape[-1]} finite numbers a row)")
-        if array is not None and (array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape
-                                  or array.dtype != np.uint8):
-            raise UsageError(f"{path}: arr_0 is {array.dtype} {array.shape}, but images are uint8 "
-                             "(N, H, W, 3)")
+        check_arrays(path, stored, array)
         if stored:
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             unknown = dict.fromkeys(("images", "crop", "preprocessing", "inception"))
             stored["about"] = {**unknown, "name": str(path), **about, "file": str(path),
                                "file_sha256": digest}
     return stored, None if array is None else Uncropped(array)
+
+
+def read_npz(path, archive):
+    """(statistics, what they are of, images (N,H,W,3) or None) of an open .npz."""
+    names = set(archive.files)
+    if not {"mu", "sigma"} <= names and "arr_0" not in names:
+        raise UsageError(f"{path} holds {', '.join(sorted(names)[:4]) or 'nothing'}: neither "
+                         "images (arr_0) nor statistics (mu and sigma)")
+    stored = {}
+    for needed in dict.fromkeys(NEEDED.values()):
+        if names.issuperset(needed):  # a mean alone is of no use
+            stored.update({name: torch.from_numpy(archive[name]) for name in needed})
+    about = json.loads(str(archive["about"])) if "about" in names else {}
+    return stored, about, archive["arr_0"] if "arr_0" in names else None
+
+
+def check_arrays(path, stored, array):
+    """Raise UsageError for what are no statistics of Inception features, or no images."""
+    for name, value in stored.items():
+        shape = tuple(side or len(value) for side in STATISTICS[name])
+        if value.shape != shape or not value.isfinite().all():
+            raise UsageError(f"{path}: its {name} is not of Inception features "
+                             f"({shape[-1]} finite numbers a row)")
+    if array is not None and (array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape
+                              or array.dtype != np.uint8):
+        raise UsageError(f"{path}: arr_0 is {array.dtype} {array.shape}, but images are uint8 "
+                         "(N, H, W, 3)")
 
 
 def open_set(source, args, processes, crop_to=None, split="all"):
@@ -684,19 +703,21 @@ def compare(reference, samples, args, names, processes, letter=""):
         raise UsageError(f"{', '.join(lacking)}: the stored statistics of {about[0]['name']} or "
                          f"{about[1]['name']} do not hold what it takes; give the images")
 
-    # The column's name says what a reader must know: random-fid@500 is no FID.
     few = min((a["images"] for a in about if a["images"]), default=FEW)
     random = about[1]["inception"] == "random"
-    distances = {}
-    for name, value in values.items():
-        if name in ("fid", "sfid"):
-            name = name if random else letter + name
-            name += f"@{few}" if few < FEW else ""
-        distances[f"random-{name}" if random else name] = value
+    distances = {column_of(name, letter, few, random): value for name, value in values.items()}
     if few < FEW and names & {"fid", "sfid"}:
         processes.say(f"warning: with fewer than {FEW} images the Frechet distance is too large, "
                       "by an amount that depends on their number; kid has no such bias")
     return {"distances": distances, "reference": about[0], "compared": about[1]}
+
+
+def column_of(metric, letter, images, random):
+    """The name of a column, which says what a reader must know: random-fid@500 is no FID."""
+    if metric in ("fid", "sfid"):
+        metric = metric if random else letter + metric
+        metric += f"@{images}" if images < FEW else ""
+    return f"random-{metric}" if random else metric
 
 
 def distances_between(reference, samples, names, device):
@@ -704,15 +725,21 @@ def distances_between(reference, samples, names, device):
 
     A number is None if stored statistics do not hold what the metric takes (`NEEDED`).
     """
+    def arrays_of(metric):
+        """Those that it takes of both sets, or None if one of them lacks some."""
+        keys = NEEDED[metric]
+        if not set(keys) <= reference.keys() & samples.keys():
+            return None
+        return [part[key] for part in (reference, samples) for key in keys]
+
     values = {}
     for name in ("fid", "sfid"):
         if name in names:
-            arrays = [part.get(key) for part in (reference, samples) for key in NEEDED[name]]
-            unknown = any(array is None for array in arrays)
-            values[name] = None if unknown else frechet_distance(*arrays)
-    pair = None
-    if names & {"kid", "pr"} and "features" in reference and "features" in samples:
-        pair = [part["features"].to(device).double() for part in (reference, samples)]  # (N,2048)
+            arrays = arrays_of(name)
+            values[name] = frechet_distance(*arrays) if arrays else None
+    pair = arrays_of("kid") if names & {"kid", "pr"} else None
+    if pair:
+        pair = [features.to(device).double() for features in pair]                     # (N,2048)
     if "kid" in names:
         # Samples come first, as in torch-fidelity: the subsets depend on the order.
         values["kid"], values["kid_se"] = kid(*pair[::-1]) if pair else (None, None)
@@ -748,17 +775,20 @@ def measure_reference(opened, args, processes, network):
     return statistics
 
 
-def find_reference(data, validation, size, args, processes, network, references):
-    """The statistics that samples are compared with, or None with a word if they are not here.
-
-    They are those of --reference, or else of the training images `data`; where these are not here,
-    of --data, and of all its images if `validation` (see `try_validation`) took them all.
-    """
+def which_reference(data, validation, args):
+    """(images, split): --reference, or else the training images `data`, or where these are not here
+    --data, and all its images if `validation` (see `try_validation`) took them all."""
     here = data in BUILT_IN or data is not None and Path(data).is_dir()
-    source, split = args.reference or (data if here else args.data or data), "train"
+    source = args.reference or (data if here else args.data or data)
+    if source in BUILT_IN:
+        return source, "train"
     taken_whole = not here and not args.split and validation and validation["split"] == "all"
-    if source not in BUILT_IN and (args.reference or taken_whole):
-        split = "all"
+    return source, "all" if args.reference or taken_whole else "train"
+
+
+def find_reference(data, validation, size, args, processes, network, references):
+    """The statistics that samples are compared with, or None with a word if they are not here."""
+    source, split = which_reference(data, validation, args)
     key = source, split, *size
     if key in references:
         return references[key]
@@ -1125,51 +1155,59 @@ def interval(values):
 
 def draw_panel(pen, box, title, curves, colours, xlabel):
     """One plot of `draw_curves` in the box (left, top, right, bottom)."""
-    left, top, right, bottom = box
-    names = dict.fromkeys(x for x_values, _ in curves.values() for x in x_values)
-    place = {x: x if xlabel else i for i, x in enumerate(names)}  # on the axis
+    names = list(dict.fromkeys(x for x_values, _ in curves.values() for x in x_values))
+    place = {x: x if xlabel else names.index(x) for x in names}  # on the axis
     dots = {name: [(place[x], np.atleast_1d(values)) for x, values in zip(x_values, y_values)]
             for name, (x_values, y_values) in curves.items()}
-    ys = [y for points in dots.values() for _, values in points
-          for y in (*values, *interval(values))]
     half = 0 if xlabel else 0.5  # of the room of a name
     x0, x1 = min(place.values()) - half, max(place.values()) + half
-    room = 0.06 * (max(ys) - min(ys)) or 0.1 * abs(max(ys)) or 1.0  # no dot lies on the frame
-    y0, y1 = min(ys) - room, max(ys) + room
-    if 0 < min(ys) < max(ys) / 2:  # the ratio of such values means something
-        y0 = 0.0
+    y0, y1 = height_of_axis([y for points in dots.values() for _, values in points
+                             for y in (*values, *interval(values))])
+    left, top, right, bottom = box
 
-    def at(x, y):
-        return (np.interp(x, (x0, x1), (left + 16, right - 16)),
-                np.interp(y, (y0, y1), (bottom, top)))
+    def across(x):
+        return np.interp(x, (x0, x1), (left + 16, right - 16))
 
-    pen.rectangle(box, outline="#999999", width=2)
-    middle = (left + right) / 2
-    pen.text((middle, top - 8), title, fill="black", anchor="mb")
-    pen.text((middle, bottom + 32), xlabel, fill="black", anchor="ma")
-    for y in ticks(y0, y1):
-        _, height = at(x0, y)
-        colour = "#999999" if y == 0 else "#e8e8e8"
-        pen.line((left + 2, height, right - 2, height), fill=colour, width=2)
-        pen.text((left - 8, height), f"{y:.4g}", fill="black", anchor="rm")
-    marks = {x: f"{x:.4g}" for x in ticks(x0, x1)}
+    def up(y):
+        return np.interp(y, (y0, y1), (bottom, top))
+
+    pen.text(((left + right) / 2, top - 8), title, fill="black", anchor="mb")
+    pen.text(((left + right) / 2, bottom + 32), xlabel, fill="black", anchor="ma")
+    marks = {across(x): f"{x:.4g}" for x in ticks(x0, x1)}
     if not xlabel:
-        marks = {i: name.replace(" ", "\n") for name, i in place.items()}
-    for x, text in marks.items():
-        across, _ = at(x, y0)
-        pen.text((across, bottom + 8), text, fill="black", anchor="ma", align="center")
+        marks = {across(i): name.replace(" ", "\n") for i, name in enumerate(names)}
+    draw_axes(pen, box, {up(y): y for y in ticks(y0, y1)}, marks)
     for number, (name, points) in enumerate(dots.items()):
-        colour = colours[name]
-        if xlabel:
-            line = [at(x, values.mean()) for x, values in points]
-            pen.line(line, fill=colour, width=4, joint="curve")
         shift = 0 if xlabel else 12 * (number - (len(dots) - 1) / 2)  # side by side above a name
-        for x, values in points:
-            across, _ = at(x, y0)
-            across += shift
-            pen.line([(across, at(x, end)[1]) for end in interval(values)], fill=colour, width=2)
+        centres = [(across(x) + shift, values) for x, values in points]
+        if xlabel:
+            line = [(x, up(values.mean())) for x, values in centres]
+            pen.line(line, fill=colours[name], width=4, joint="curve")
+        for x, values in centres:
+            pen.line([(x, up(y)) for y in interval(values)], fill=colours[name], width=2)
             for y in values:
-                pen.circle((across, at(x, y)[1]), 5, fill=colour)
+                pen.circle((x, up(y)), 5, fill=colours[name])
+
+
+def draw_axes(pen, box, heights, marks):
+    """The frame of a plot, a line for each number {where: y} and a text for each mark {where: text}
+    below, all in pixels."""
+    left, _, right, bottom = box
+    pen.rectangle(box, outline="#999999", width=2)
+    for place, y in heights.items():
+        colour = "#999999" if y == 0 else "#e8e8e8"
+        pen.line((left + 2, place, right - 2, place), fill=colour, width=2)
+        pen.text((left - 8, place), f"{y:.4g}", fill="black", anchor="rm")
+    for place, text in marks.items():
+        pen.text((place, bottom + 8), text, fill="black", anchor="ma", align="center")
+
+
+def height_of_axis(ys):
+    """(lowest, highest) y of a plot: no dot lies on the frame, and it begins at 0 if the ratios of
+    the values mean something."""
+    low, high = min(ys), max(ys)
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return 0.0 if 0 < low < high / 2 else low - room, high + room
 
 
 def describe(path, checkpoint, args, results, **settings):
