@@ -223,9 +223,8 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
                        kinds):
     """The report of a generator's checkpoint; draws OUT/NAME.png, and keeps samples if asked to.
 
-    network: Inception or None. references: {(source, crop): statistics}, shared by several
-    checkpoints. teacher: what `load_teacher` returns, for --probe, or None. kinds: those of all
-    generators in this call.
+    network: Inception or None. teacher: what `load_teacher` returns, for --probe, or None. All
+    generators share references, {(source, crop): statistics}, and kinds, the set of theirs.
     """
     trained, task = checkpoint["args"], TASKS[checkpoint["kind"]]
     size, classes = trained["image_size"], checkpoint["classes"]
@@ -240,8 +239,6 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
     if validation:
         results[task.val_column] = validate_generator(task, model, codec, validation, processes)
     if teacher:
-        if not validation:
-            raise UsageError(f"--probe needs the images that {path} was trained on: --data")
         results["probe"] = probe(task, model, codec, validation, teacher, args, processes)
 
     labels = choose_labels(args, classes)
@@ -271,9 +268,7 @@ def evaluate_generator(path, checkpoint, name, args, processes, network, referen
         draw_classes(args.out / f"{name}.png", samples.array(), labels, classes)
     samples.finish(labels.tolist())
     if judge:
-        results["class_share"] = {"samples": processes.sum(right).mean().item(),
-                                  "real": judge.on_real(validation, classes, processes),
-                                  "classifier": judge.name}
+        results["class_share"] = judge.shares(right, validation, classes, processes)
     results["distances"] = {"random-fid" if args.inception == "random" else "gfid": None}
     if measure:
         results.update(compare(reference, measure.finish(processes), args, wanted(args),
@@ -320,9 +315,9 @@ def choose_settings(args, checkpoint, kinds, processes):
     settings = sampling_settings(kind, checkpoint["args"].get("size"))
     settings.update(checkpoint.get("sampling", {}))
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    foreign = [name for name in given if not any(name in TASKS[k].sampling for k in kinds)]
+    foreign = given.keys() - set().union(*(TASKS[k].sampling for k in kinds))
     if foreign:
-        flag = foreign[0].replace("_", "-")
+        flag = min(foreign).replace("_", "-")
         raise UsageError(f"--{flag} does not apply to {kind} checkpoints: leave it out")
     interval = given.pop("cfg_interval", None)
     if interval and suits(interval, kind, kinds):
@@ -417,6 +412,9 @@ def try_validation(path, checkpoint, codec, args, processes):
     except (UsageError, OSError) as error:
         if args.data:
             raise
+        if args.probe:
+            raise UsageError(f"--probe needs the images that {path} was trained on ({error}): name "
+                             "them with --data")
         processes.say(f"validation loss n/a: {error}")
         return None, None
     args.data = data
@@ -480,16 +478,20 @@ class Judge:
         known = torch.tensor([self.classes.index(name) for name in classes])
         return (guesses == known[labels]).float()
 
-    def on_real(self, tokens, classes, processes):
-        """The share on (at most 1,000) validation images, or None without them."""
-        if not tokens:
-            return None
-        places = spread(tokens, 1000)
-        labels, right = torch.tensor(tokens.labels)[places], torch.zeros(len(places))
-        for block in processes.mine(torch.arange(len(places)).split(64)):
-            x, _ = batch_of(tokens.images, places[block], self.device)
-            right[block] = self.right(x, labels[block], classes)
-        return processes.sum(right).mean().item()
+    def shares(self, right, tokens, classes, processes):
+        """The report "class_share". right (N,): what `right` returned for this process's samples,
+        and 0 for others. tokens: of the validation images, at most 1,000 of which it sees as well,
+        or None."""
+        report = {"samples": processes.sum(right).mean().item(), "real": None,
+                  "classifier": self.name}
+        if tokens:
+            places = spread(tokens, 1000)
+            labels, right = torch.tensor(tokens.labels)[places], torch.zeros(len(places))
+            for block in processes.mine(torch.arange(len(places)).split(64)):
+                x, _ = batch_of(tokens.images, places[block], self.device)
+                right[block] = self.right(x, labels[block], classes)
+            report["real"] = processes.sum(right).mean().item()
+        return report
 
 
 def find_judge(checkpoint, args, processes):
@@ -725,19 +727,12 @@ def distances_between(reference, samples, names, device):
 
     A number is None if stored statistics do not hold what the metric takes (`NEEDED`).
     """
-    def arrays_of(metric):
-        """Those that it takes of both sets, or None if one of them lacks some."""
-        keys = NEEDED[metric]
-        if not set(keys) <= reference.keys() & samples.keys():
-            return None
-        return [part[key] for part in (reference, samples) for key in keys]
-
     values = {}
     for name in ("fid", "sfid"):
         if name in names:
-            arrays = arrays_of(name)
+            arrays = arrays_for(name, reference, samples)
             values[name] = frechet_distance(*arrays) if arrays else None
-    pair = arrays_of("kid") if names & {"kid", "pr"} else None
+    pair = arrays_for("kid", reference, samples) if names & {"kid", "pr"} else None
     if pair:
         pair = [features.to(device).double() for features in pair]                     # (N,2048)
     if "kid" in names:
@@ -749,6 +744,14 @@ def distances_between(reference, samples, names, device):
         sums = samples.get("class_sums")
         values["is"] = None if sums is None else inception_score(sums)
     return values
+
+
+def arrays_for(metric, *sets):
+    """What the metric takes of each set of statistics, or None if one of them lacks some."""
+    keys = NEEDED[metric]
+    if not all(statistics.keys() >= set(keys) for statistics in sets):
+        return None
+    return [statistics[key] for statistics in sets for key in keys]
 
 
 def check_alike(a, b):
@@ -1157,12 +1160,11 @@ def draw_panel(pen, box, title, curves, colours, xlabel):
     """One plot of `draw_curves` in the box (left, top, right, bottom)."""
     names = list(dict.fromkeys(x for x_values, _ in curves.values() for x in x_values))
     place = {x: x if xlabel else names.index(x) for x in names}  # on the axis
-    dots = {name: [(place[x], np.atleast_1d(values)) for x, values in zip(x_values, y_values)]
-            for name, (x_values, y_values) in curves.items()}
+    dots = {name: [(place[x], np.atleast_1d(values)) for x, values in zip(*points)]
+            for name, points in curves.items()}
     half = 0 if xlabel else 0.5  # of the room of a name
     x0, x1 = min(place.values()) - half, max(place.values()) + half
-    y0, y1 = height_of_axis([y for points in dots.values() for _, values in points
-                             for y in (*values, *interval(values))])
+    y0, y1 = height_of_axis([values for points in dots.values() for _, values in points])
     left, top, right, bottom = box
 
     def across(x):
@@ -1179,14 +1181,19 @@ def draw_panel(pen, box, title, curves, colours, xlabel):
     draw_axes(pen, box, {up(y): y for y in ticks(y0, y1)}, marks)
     for number, (name, points) in enumerate(dots.items()):
         shift = 0 if xlabel else 12 * (number - (len(dots) - 1) / 2)  # side by side above a name
-        centres = [(across(x) + shift, values) for x, values in points]
-        if xlabel:
-            line = [(x, up(values.mean())) for x, values in centres]
-            pen.line(line, fill=colours[name], width=4, joint="curve")
-        for x, values in centres:
-            pen.line([(x, up(y)) for y in interval(values)], fill=colours[name], width=2)
-            for y in values:
-                pen.circle((x, up(y)), 5, fill=colours[name])
+        points = [(across(x) + shift, values) for x, values in points]
+        draw_curve(pen, points, up, colours[name], joined=xlabel)
+
+
+def draw_curve(pen, points, up, colour, joined):
+    """Dots, bars and maybe a line. points: (pixel across, values). up: a value -> its pixel."""
+    if joined:
+        pen.line([(x, up(values.mean())) for x, values in points], fill=colour, width=4,
+                 joint="curve")
+    for x, values in points:
+        pen.line([(x, up(y)) for y in interval(values)], fill=colour, width=2)
+        for y in values:
+            pen.circle((x, up(y)), 5, fill=colour)
 
 
 def draw_axes(pen, box, heights, marks):
@@ -1202,10 +1209,11 @@ def draw_axes(pen, box, heights, marks):
         pen.text((place, bottom + 8), text, fill="black", anchor="ma", align="center")
 
 
-def height_of_axis(ys):
-    """(lowest, highest) y of a plot: no dot lies on the frame, and it begins at 0 if the ratios of
-    the values mean something."""
-    low, high = min(ys), max(ys)
+def height_of_axis(groups):
+    """(lowest, highest) y for groups of values and their intervals: no dot lies on the frame, and
+    the axis begins at 0 if the ratios of the values mean something."""
+    ys = np.concatenate([[*values, *interval(values)] for values in groups])
+    low, high = float(ys.min()), float(ys.max())
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return 0.0 if 0 < low < high / 2 else low - room, high + room
 

@@ -579,21 +579,11 @@ def released_arguments(weights, config=None, levels=None, alpha=None):
         if any(part in name for name in shapes):
             raise ValueError(f"this is {model}, not one of the paper's tokenizers, which alone "
                              "can be read")
-    resolutions = {name.split(".")[2] for name in shapes if name.startswith("encoder.down.")}
-    blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")}
     try:
-        hidden = shapes["encoder.conv_in.weight"][0]
-        widths = [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0]
-                  for i in range(max(1, len(resolutions)))]
-        z_channels, d = shapes["post_quant_conv.weight"][:2]
-        moments = shapes["quant_conv.weight"][0]
+        arguments = released_body(shapes)
+        d, moments = shapes["post_quant_conv.weight"][1], shapes["quant_conv.weight"][0]
     except KeyError as error:
         raise ValueError(f"not the weights of a public iFSQ tokenizer: no {error}") from error
-    multipliers = [width // hidden for width in widths]
-    arguments = {"hidden": hidden, "multipliers": multipliers, "num_res_blocks": len(blocks),
-                 "z_channels": z_channels, "num_groups": 32,
-                 "attn_levels": [i for i in range(len(widths))
-                                 if f"encoder.down.{i}.attn.0.norm.weight" in shapes]}
     if "quantize.embedding.weight" in shapes:
         size = shapes["quantize.embedding.weight"][0]
         arguments.update(quantizer="vq", levels=[17] * d, codebook_size=size)  # only d counts
@@ -610,6 +600,19 @@ def released_arguments(weights, config=None, levels=None, alpha=None):
         raise ValueError("not the weights of a public iFSQ tokenizer: "
                          f"{min(wrong)[0]} is missing, unknown or of another shape")
     return arguments
+
+
+def released_body(shapes):
+    """Arguments of encoder and decoder for weights of these shapes. KeyError if some lack."""
+    resolutions = {name.split(".")[2] for name in shapes if name.startswith("encoder.down.")}
+    blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")}
+    hidden = shapes["encoder.conv_in.weight"][0]
+    levels = range(max(1, len(resolutions)))
+    widths = [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in levels]
+    attention = [i for i in levels if f"encoder.down.{i}.attn.0.norm.weight" in shapes]
+    return {"hidden": hidden, "multipliers": [width // hidden for width in widths],
+            "num_res_blocks": len(blocks), "z_channels": shapes["post_quant_conv.weight"][0],
+            "num_groups": 32, "attn_levels": attention}
 
 
 def released_quantizer(weights, config, levels, alpha):

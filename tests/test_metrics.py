@@ -318,8 +318,9 @@ def test_class_share(monkeypatch):
     classes = ["shade 9", "shade 0", "shade 3"]
     assert judge.right(pictures, torch.tensor([1, 2, 0, 1]), classes).tolist() == [1, 1, 1, 0]
     views = Views([0, 80, 250, 250, 80], [1, 2, 0, 1, 1])
-    assert judge.on_real(views, classes, ALONE) == pytest.approx(0.6)
-    assert judge.on_real(None, classes, ALONE) is None and judge.name == "a fake"
+    shares = judge.shares(torch.tensor([1.0, 0.0]), views, classes, ALONE)
+    assert shares == {"samples": 0.5, "real": pytest.approx(0.6), "classifier": "a fake"}
+    assert judge.shares(torch.ones(2), None, classes, ALONE)["real"] is None
 
     checkpoint = {"teacher": teacher, "classes": classes}
     args = Namespace(judge=None)
