@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import csv
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -305,6 +306,7 @@ METRICS = {  # title: (a function of a report, digits)
     BITS: (result("val_bits_per_token"), 3),
     ERROR: (result("val_loss"), 4),
     "class share": (result("class_share", "samples"), 3),
+    "class share, another judge": (result("semantic", "class_share", "samples"), 3),
     "FD to images": (result("semantic", "images", "fd"), 1),
     "KD to images": (result("semantic", "images", "kd"), 1),
     "FD to reconstructions": (result("semantic", "reconstructions", "fd"), 1),
@@ -940,20 +942,38 @@ class Workshop(Reports):
 
     def semantic(self, run, path):
         """Distances of the pictures in `path`, samples or reconstructions, or None if the network
-        is not installed: to the validation images and, of samples, to their reconstructions."""
+        is not installed: to the validation images and, of samples, to their reconstructions. Of
+        samples also the class share, by `judge`."""
         try:
             network = semantic.load_network()
         except ImportError:
             return None
         pictures = semantic.features(semantic.images_of(path), network)
-        source = train.open_images(self.data, "val", [self.side, self.side])
-        real = np.stack([source[i][0].permute(1, 2, 0).numpy() for i in range(len(source))])
-        found = {"images": semantic.distances(semantic.features(real, network), pictures)}
+        real, labels = self.features("val", network)
+        found = {"images": semantic.distances(real, pictures)}
         if run.model != "tokenizer":
+            classify, asked = self.judge, torch.from_numpy(semantic.images_of(path, "arr_1"))
+            found["class_share"] = {"samples": share_of(classify(pictures) == asked),
+                                    "real": share_of(classify(real) == labels)}
             rebuilt = semantic.images_of(pictures_of(self.checkpoint(run.base())))
             found["reconstructions"] = semantic.distances(semantic.features(rebuilt, network),
                                                           pictures)
         return found
+
+    def features(self, split, network):
+        """(pretrained features (N,C), labels (N,)) of the images of a split."""
+        source = train.open_images(self.data, split, [self.side, self.side])
+        images = np.stack([source[i][0].permute(1, 2, 0).numpy() for i in range(len(source))])
+        return semantic.features(images, network), torch.tensor(source.labels)
+
+    @functools.cached_property
+    def judge(self):
+        """A classifier that was no run's teacher: linear, in pretrained features."""
+        return semantic.linear_classifier(*self.features("train", semantic.load_network()))
+
+
+def share_of(mask):
+    return mask.double().mean().item()
 
 
 def pictures_of(path):

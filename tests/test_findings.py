@@ -411,6 +411,17 @@ def test_semantic_distances_are_those_of_features():
     assert moved["kd"] > same["kd"]
 
 
+def test_the_linear_judge_separates_classes_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 3
+    noise = torch.randn(600, 20, generator=generator, dtype=torch.float64)
+    classify = semantic.linear_classifier(noise + 4 * torch.eye(20).double()[labels] + 7, labels)
+    other = torch.randn(300, 20, generator=generator, dtype=torch.float64) + 7
+    at = torch.arange(300) % 3
+    assert findings.share_of(classify(other + 4 * torch.eye(20).double()[at]) == at) > 0.95
+    assert findings.share_of(classify(other) == at) == pytest.approx(1 / 3, abs=0.1)
+
+
 def test_the_colours_that_the_readme_names_are_those_of_the_picture():
     text = " ".join(findings.README.read_text().split())
     picture = Image.open(findings.PAGE.with_suffix("") / "bins.png").convert("RGB")
