@@ -449,6 +449,7 @@ def weighted(model, weight):
 
 
 PSNR, SHARE, ENTROPY = "PSNR, dB", "class share", "entropy / log2 of the codes"
+BY_ANOTHER = "class share, another judge"
 RFD = "rFD, pretrained features"
 OF_CHANNELS, SCALE = "entropy of a channel / log2 L", "std of the latents times alpha"
 KS = "KS distance to uniform"
@@ -524,13 +525,20 @@ CLAIMS = [
     Claim("repa", "lower", BITS, ALIGNED_LLAMAGEN, LLAMAGEN,
           "Alignment lowers LlamaGen's validation loss.", LATE, headline=True),
     Claim("repa", "higher", SHARE, ALIGNED_LLAMAGEN, LLAMAGEN,
-          "More of an aligned LlamaGen's samples show their class.", LATE, headline=True),
+          "Its own teacher sees the class in more of an aligned LlamaGen's samples.", LATE,
+          headline=True),
+    Claim("repa", "undecided", BY_ANOTHER, ALIGNED_LLAMAGEN, LLAMAGEN,
+          "A judge that was no teacher sees it in more of them in every seed, but this is "
+          "undecided.", LATE, headline=True),
     Claim("repa", "undecided", TO_REBUILT, ALIGNED_LLAMAGEN, LLAMAGEN,
           "Whether they come nearer to the reconstructions is undecided.", LATE),
     Claim("repa", "lower", ERROR, ALIGNED_DIT, DIT,
           "Alignment lowers DiT's validation loss.", LATE, headline=True),
     Claim("repa", "higher", SHARE, ALIGNED_DIT, DIT,
-          "More of an aligned DiT's samples show their class.", LATE, headline=True),
+          "Its own teacher sees the class in more of an aligned DiT's samples.", LATE,
+          headline=True),
+    Claim("repa", "undecided", BY_ANOTHER, ALIGNED_DIT, DIT,
+          "Whether a judge that was no teacher does is undecided.", LATE, headline=True),
     Claim("repa", "undecided", TO_REBUILT, ALIGNED_DIT, DIT,
           "By the kernel distance it is undecided whether these come nearer to the "
           "reconstructions.", LATE),

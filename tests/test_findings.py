@@ -257,6 +257,28 @@ def test_what_the_page_says_of_a_fast_start():
             assert (difference[metric].mean() < 0) == (metric == findings.SHARE)
 
 
+def test_what_the_page_says_of_another_judge():
+    reports = next(shop for shop in findings.all_reports() if shop.name == "cifar10")
+    shares = []
+    for plain, aligned in ((findings.LLAMAGEN, findings.ALIGNED_LLAMAGEN),
+                           (findings.DIT, findings.ALIGNED_DIT)):
+        for seed in findings.SEEDS:
+            found = [reports.report(run._replace(seed=seed), findings.LATE)["results"]
+                     for run in (plain, aligned)]
+            shares += [results["semantic"]["class_share"] for results in found]
+            for results, share in zip(found, shares[-2:]):
+                assert share["samples"] < results["class_share"]["samples"]
+        by_teacher, by_another = (each_seed(metric, aligned, plain, findings.LATE).mean()
+                                  for metric in (findings.SHARE, findings.BY_ANOTHER))
+        assert 0 < by_another < by_teacher
+    assert {share["real"] for share in shares} == {0.589}
+    samples = [share["samples"] for share in shares]
+    assert (round(min(samples), 2), round(max(samples), 2)) == (0.20, 0.29)
+    gain = each_seed(findings.BY_ANOTHER, findings.ALIGNED_LLAMAGEN, findings.LLAMAGEN,
+                     findings.LATE)
+    assert (gain > 0).all()
+
+
 def test_what_the_page_says_of_the_slope():
     chosen, fixed = "scale chosen by the encoder", "scale fixed to 1"
     for name, least, most in ("cifar10", 0.86, 0.87), ("shapes", 1.05, 1.09):
