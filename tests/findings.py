@@ -450,6 +450,7 @@ def weighted(model, weight):
 
 PSNR, SHARE, ENTROPY = "PSNR, dB", "class share", "entropy / log2 of the codes"
 BY_ANOTHER = "class share, another judge"
+LARGER = "cifar10-32px"  # the name of CIFAR-10 with --side 32
 RFD = "rFD, pretrained features"
 OF_CHANNELS, SCALE = "entropy of a channel / log2 L", "std of the latents times alpha"
 KS = "KS distance to uniform"
@@ -494,6 +495,25 @@ CLAIMS = [
           "By PSNR eight channels of 5 levels fall behind an autoencoder's four."),
     Claim("bits", "undecided", RFD, EIGHT_OF_5, AE,
           "In pretrained features this is undecided."),
+    Claim("bits", "higher", PSNR, THREE, TWO, "3 levels a channel have a higher PSNR than 2.",
+          data=LARGER),
+    Claim("bits", "higher", PSNR, FIVE, THREE, "5 levels have a higher PSNR than 3.", data=LARGER),
+    Claim("bits", "higher", PSNR, NINE, FIVE, "9 levels have a higher PSNR than 5.", data=LARGER),
+    Claim("bits", "higher", PSNR, IFSQ, NINE, "17 levels have a higher PSNR than 9.",
+          data=LARGER),
+    Claim("bits", "lower", RFD, IFSQ, NINE, "They are better than 9 in pretrained features, too.",
+          data=LARGER),
+    Claim("bits", "higher", PSNR, THIRTY_THREE, IFSQ,
+          "At 32 px 33 levels have a higher PSNR than 17.", data=LARGER, headline=True),
+    Claim("bits", "lower", RFD, THIRTY_THREE, IFSQ,
+          "They are better than 17 in pretrained features, too.", data=LARGER),
+    Claim("bits", "undecided", PSNR, SIXTY_FIVE, THIRTY_THREE,
+          "Whether 65 levels have a higher PSNR than 33 is undecided.", data=LARGER),
+    Claim("bits", "higher", PSNR, EIGHT_OF_5, IFSQ,
+          "Eight channels of 5 levels have a higher PSNR than four of 17.", data=LARGER),
+    Claim("bits", "lower", RFD, EIGHT_OF_5, IFSQ,
+          "At 32 px eight channels of 5 levels are better than four of 17 in pretrained features.",
+          data=LARGER, headline=True),
     Claim("alpha", "undecided", PSNR, tokenizer("--alpha", 1.0), IFSQ,
           "Whether a slope of 1.0 has a lower PSNR than 1.6 is undecided."),
     Claim("alpha", "undecided", PSNR, tokenizer("--alpha", 2.4), IFSQ,

@@ -199,6 +199,19 @@ def test_what_the_page_says_of_bits():
     assert np.round(kept[[1, 3], 2], 1).tolist() == [0.5, 0.5]    # the third seed, at 5 and 17
 
 
+def test_what_the_page_says_of_bits_at_32_px():
+    mean, gains = gains_per_bit(findings.LARGER)
+    assert mean[:5] == pytest.approx([3.1, 2.2, 1.4, 0.8, 0.4], abs=0.05)
+    kept = mean[1:5] / mean[:4]
+    assert (round(kept.min(), 1), round(kept.max(), 1)) == (0.5, 0.7)
+    for name, floor in (findings.LARGER, 3.3), ("cifar10", 1.9):
+        points = findings.values_of(reports_of(name)[0], "bits", "dB above the PCA")["4 channels"]
+        assert np.mean(points[4.09]) == pytest.approx(floor, abs=0.05)
+    points = findings.values_of(reports_of(findings.LARGER)[0], "bits", findings.PSNR)
+    first, second, behind = points["4 channels"][6.02]
+    assert (round(first - behind, 1), round(second - behind, 1)) == (1.2, 1.3)
+
+
 def each_seed(metric, a, b, step, data="cifar10"):
     """a - b of two kinds of generators on a data set at a step, for each seed."""
     reports, read = reports_of(data)[0], findings.METRICS[metric][0]
