@@ -1109,11 +1109,14 @@ def draw_classes(path, samples, labels, classes):
 
 
 def ticks(low, high):
-    """About four round numbers from low to high: multiples of 1, 2 or 5 times a power of 10."""
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12) / 4))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 4)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    """Three to seven round numbers from low to high: multiples of 1, 2 or 5 times a power of 10."""
+    if low == high:
+        return [low]
+    unit = 10.0 ** math.ceil(math.log10(high - low))
+    for step in (unit / part for part in (2, 5, 10, 20, 50)):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first >= 2:
+            return [i * step for i in range(first, last + 1)]
 
 
 def draw_curves(path, panels, xlabel):

@@ -393,3 +393,15 @@ def test_a_mean_without_its_covariance_is_left_out(tmp_path):
     np.savez(tmp_path / "half.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), mu=np.zeros(2048))
     stored, images = evaluate.open_npz(tmp_path / "half.npz")
     assert not stored and len(images) == 2
+
+
+def test_ticks_are_round_and_inside():
+    rng = np.random.default_rng(0)
+    for low, width in zip(rng.normal(0, 100, 500), 10 ** rng.uniform(-2, 4, 500)):
+        found = evaluate.ticks(low, low + width)
+        step = found[1] - found[0]
+        assert 3 <= len(found) <= 7
+        assert min(found) >= low - 1e-6 * width and max(found) <= low + width * (1 + 1e-6)
+        digit = step / 10 ** np.floor(np.log10(step * 1.0001))
+        assert min(abs(digit - round_one) for round_one in (1, 2, 5)) < 1e-6
+    assert evaluate.ticks(3, 3) == [3]
