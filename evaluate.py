@@ -1182,8 +1182,8 @@ def draw_panel(pen, box, title, curves, colours, xlabel):
     if not xlabel:
         marks = {across(i): name.replace(" ", "\n") for i, name in enumerate(names)}
     draw_axes(pen, box, {up(y): y for y in ticks(y0, y1)}, marks)
-    for number, (name, points) in enumerate(dots.items()):
-        shift = 0 if xlabel else 12 * (number - (len(dots) - 1) / 2)  # side by side above a name
+    for i, (name, points) in enumerate(dots.items()):
+        shift = 0 if xlabel else 12 * (i - (len(dots) - 1) / 2)  # side by side above a name
         points = [(across(x) + shift, values) for x, values in points]
         draw_curve(pen, points, up, colours[name], joined=xlabel)
 

@@ -314,8 +314,8 @@ def find_splits(folder):
 
 
 def named_alike(folder, by_name):
-    """The two of the subfolders {lower name: path} that are called such as train2017 and val_images,
-    or (None, None). Raises UsageError if they may as well be two classes among others."""
+    """The two of the subfolders {lower name: path} with names such as train2017 and val_images, or
+    (None, None). Raises UsageError if they may as well be two classes among others."""
     like_train, like_val = ([p for name, p in by_name.items()
                              if re.match(rf"({'|'.join(words)})[\W\d_]", name)]
                             for words in (TRAIN_NAMES, VAL_NAMES))
