@@ -536,10 +536,12 @@ def memory(limits, args):
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                            f"--nproc_per_node={count}", "--no-python", sys.executable, "-c",
                            f"import benchmark; benchmark.peaks({argv})"]
-                shown = subprocess.run(command, cwd=ROOT / "tests", env=env, check=True, text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+                call = subprocess.run(command, cwd=ROOT / "tests", env=env, text=True,
+                                      capture_output=True)
+                if call.returncode:
+                    sys.exit(f"benchmark.py: {call.stderr[-3000:]}")
                 words = [f"{what} run in {count} process{'es' * (count > 1)}", *sharding]
-                row(f"memory, bytes a parameter: {' '.join(words)}", shown.strip())
+                row(f"memory, bytes a parameter: {' '.join(words)}", call.stdout.strip())
 
 
 def peaks(argv):
