@@ -514,6 +514,12 @@ CLAIMS = [
     Claim("bits", "lower", RFD, EIGHT_OF_5, IFSQ,
           "At 32 px eight channels of 5 levels are better than four of 17 in pretrained features.",
           data=LARGER, headline=True),
+    Claim("bits", "lower", PSNR, IFSQ, AE,
+          "Four channels of 17 levels have a lower PSNR than an autoencoder's four.", data=LARGER),
+    Claim("bits", "higher", RFD, IFSQ, AE, "In pretrained features they are farther from the "
+          "images, too.", data=LARGER),
+    Claim("bits", "lower", RFD, EIGHT_OF_5, AE,
+          "There eight channels of 5 levels are nearer than an autoencoder's four.", data=LARGER),
     Claim("alpha", "undecided", PSNR, tokenizer("--alpha", 1.0), IFSQ,
           "Whether a slope of 1.0 has a lower PSNR than 1.6 is undecided."),
     Claim("alpha", "undecided", PSNR, tokenizer("--alpha", 2.4), IFSQ,
