@@ -399,7 +399,7 @@ def open_evaluation(checkpoint, args, processes, **kwargs):
 
 def try_validation(path, checkpoint, codec, args, processes):
     """(Tokens of a generator's validation images, which images these are), or (None, None) with a
-    word if they are not here."""
+    word if they are not here. UsageError if --data or --probe asks for them."""
     args = argparse.Namespace(**{**vars(args), "cache_dir": args.out / "cache"})
     trained = checkpoint["args"]
     try:
@@ -770,7 +770,6 @@ def measure_reference(opened, args, processes, network):
     names = INCEPTION_METRICS if path else wanted(args) - {"is"}
     statistics = measure_set(opened, args, processes, network, names)
     if path and processes.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: value.numpy() for name, value in statistics.items() if name != "about"}
         with replacing(path) as file:
             np.savez(file, about=json.dumps(statistics["about"]), **arrays)

@@ -412,12 +412,6 @@ def draw(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
     return above.byte().argmax(-1)                             # (B,) the first True
 
 
-def check_settings(temperature, top_k, top_p):
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError("want temperature >= 0, top_k >= 0, 0 < top_p <= 1, got "
-                         f"{temperature}, {top_k}, {top_p}")
-
-
 @torch.no_grad()
 def sample(model, labels, uniforms, cfg_scale=2.0, cfg_interval=-1, temperature=1.0, top_k=0,
            top_p=1.0):
@@ -439,7 +433,9 @@ def sample(model, labels, uniforms, cfg_scale=2.0, cfg_interval=-1, temperature=
     if labels.ndim != 1 or uniforms.shape != (B, T, G):
         raise ValueError(f"want labels (B,), uniforms (B, {T}, {G}); got {tuple(labels.shape)}, "
                          f"{tuple(uniforms.shape)}")
-    check_settings(temperature, top_k, top_p)
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError("want temperature >= 0, top_k >= 0, 0 < top_p <= 1, got "
+                         f"{temperature}, {top_k}, {top_p}")
     uniforms = uniforms.to(labels.device, torch.float32)
     uniforms = uniforms.clamp(max=1 - 2**-24)  # rounding to fp32 may give 1
     rope, tables, outputs = model.rope(labels.device), model.tables, model.outputs

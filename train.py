@@ -944,7 +944,7 @@ def measure_tokenizer(model, images, places, processes, metrics, watch=None, bat
 
 def latent_statistics(moments, bins):
     """What `measure_tokenizer` reports as "latents". moments: the means of z and of pre, and of
-    their squares, (2,2,d). bins (d,4096): the histogram of y, empty if nothing is rounded."""
+    their squares, (2,2,d). bins (d,4096): the histogram of y, all 0 if nothing is rounded."""
     means, squares = moments.unbind(1)                                                 # (2,d) each
     std = (squares - means.square()).clamp(min=0).sqrt()
     latents = {"mean": means[0].tolist(), "std": std[0].tolist()}
@@ -2063,7 +2063,8 @@ class Interrupts:
 
 @contextlib.contextmanager
 def only_run_in(folder, processes):
-    """Hold OUT/.lock, so that a second run in the same folder is refused."""
+    """Hold OUT/.lock, so that a second run in the same folder is refused. Whoever holds it removes
+    what a killed run left half-written."""
     if processes.rank > 0 or os.name != "posix":
         yield
         return
@@ -2077,8 +2078,9 @@ def only_run_in(folder, processes):
             raise UsageError(f"another run is writing to {folder}: wait, or choose another --out")
         except OSError:
             pass  # some network disks know no locks
-        for unfinished in folder.glob(".ckpt.pt.*"):  # of a run that was killed while it saved
-            unfinished.unlink(missing_ok=True)
+        else:
+            for unfinished in folder.glob(".ckpt.pt.*"):  # of a run that was killed while it saved
+                unfinished.unlink(missing_ok=True)
         try:
             yield
         finally:

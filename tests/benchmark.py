@@ -4,7 +4,7 @@
     python tests/benchmark.py fsq sampling       # hour on two CPU cores; or some sections by name
     python tests/benchmark.py memory             # of 1, 2 and 4 processes, which needs Linux, 10 GB
     python tests/benchmark.py data --images DIR  # decoding of one's own images
-    python tests/benchmark.py learning           # how soon training gets somewhere: an hour or two
+    python tests/benchmark.py learning           # how soon training gets somewhere: half an hour
     python tests/benchmark.py learning --cifar DIR  # the same on a folder of CIFAR-10 as well
 
 Sections: machine fsq tokenizer training sampling metrics data scale growth learning memory. Run

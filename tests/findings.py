@@ -982,14 +982,14 @@ class Workshop(Reports):
             network = semantic.load_network()
         except ImportError:
             return None
-        pictures = semantic.features(semantic.images_of(path), network)
+        pictures = semantic.features(semantic.array_of(path), network)
         real, labels = self.features("val", network)
         found = {"images": semantic.distances(real, pictures)}
         if run.model != "tokenizer":
-            classify, asked = self.judge, torch.from_numpy(semantic.images_of(path, "arr_1"))
+            classify, asked = self.judge, torch.from_numpy(semantic.array_of(path, "arr_1"))
             found["class_share"] = {"samples": share_of(classify(pictures) == asked),
                                     "real": share_of(classify(real) == labels)}
-            rebuilt = semantic.images_of(pictures_of(self.checkpoint(run.base())))
+            rebuilt = semantic.array_of(pictures_of(self.checkpoint(run.base())))
             found["reconstructions"] = semantic.distances(semantic.features(rebuilt, network),
                                                           pictures)
         return found

@@ -63,7 +63,7 @@ def linear_classifier(x, labels):
     return lambda y: ((y - mean) @ weights + hot.mean(0)).argmax(1)
 
 
-def images_of(path, name="arr_0"):
+def array_of(path, name="arr_0"):
     """The array (N,H,W,3) uint8 in an .npz file, or with "arr_1" the labels (N,) int64."""
     with np.load(path, allow_pickle=False) as archive:
         return archive[name]
@@ -71,7 +71,7 @@ def images_of(path, name="arr_0"):
 
 def main(a, b):
     network = load_network()
-    sets = [features(images_of(path), network) for path in (a, b)]
+    sets = [features(array_of(path), network) for path in (a, b)]
     print(json.dumps({**distances(*sets), "images": [len(x) for x in sets]}))
 
 
